@@ -1,0 +1,1 @@
+"""Recipes: their schema, the packaged YAML files, and command-line overrides."""

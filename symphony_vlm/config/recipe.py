@@ -1,0 +1,183 @@
+"""The schema of a recipe: model, data, and an ordered list of stages. A stage is data, not code.
+
+Every key is checked: an unknown one is an error that names the nearest valid key (`loading.load_recipe`).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+__all__ = [
+    "DataConfig",
+    "EvaluationConfig",
+    "LanguageConfig",
+    "ModelConfig",
+    "Recipe",
+    "ScenesConfig",
+    "StageConfig",
+    "VisionSource",
+]
+
+
+class _Schema(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, arbitrary_types_allowed=True)
+
+
+class VisionSource(_Schema):
+    """Where the vision tower comes from: a pretrained one by name, or a new one by architecture."""
+
+    backend: Literal["open_clip", "transformers"] = "open_clip"
+    name: str | None = None
+    """open_clip architecture or folder; transformers hub id or folder."""
+    pretrained: str | None = None
+    """open_clip pretrained tag or local weight file."""
+    architecture: dict[str, Any] | None = None
+    """A new open_clip model: ``{embed_dim, vision_cfg, text_cfg}``; trained by the ``contrastive`` stage, if any."""
+    feature_layer: int = -2
+    feature_select: Literal["patch", "cls_patch"] = "patch"
+    resize_mode: Literal["pad", "crop", "stretch"] = "pad"
+
+    @model_validator(mode="after")
+    def _one_source(self) -> VisionSource:
+        if (self.name is None) == (self.architecture is None):
+            raise ValueError("give either 'name' (a pretrained tower) or 'architecture' (a new one)")
+        return self
+
+
+class LanguageConfig(_Schema):
+    """Where the language model comes from: a pretrained one by name, or a new one by config."""
+
+    name: str | None = None
+    """Hub id or local folder of a causal LM with its tokenizer."""
+    architecture: dict[str, Any] | None = None
+    """A new model: the Hugging Face config's fields with ``model_type``; vocabulary and token ids are filled in."""
+    vocab_size: int = Field(default=1024, ge=300)
+    """Size of the tokenizer trained for a new model."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> LanguageConfig:
+        if (self.name is None) == (self.architecture is None):
+            raise ValueError("give either 'name' (a pretrained model) or 'architecture' (a new one)")
+        return self
+
+
+class ModelConfig(_Schema):
+    """The parts of the model."""
+
+    vision: VisionSource
+    language: LanguageConfig
+    projector: Literal["linear", "mlp2x_gelu"] = "mlp2x_gelu"
+    template: str = "vicuna_v1"
+    moe: dict[str, Any] | None = None
+    """Settings of `symphony_vlm.moe.configuration.MoEConfig`, applied by the stage that upcycles."""
+    start: str | None = None
+    """A saved model to start from instead of assembling the parts."""
+
+
+class ScenesConfig(_Schema):
+    """The built-in generated data (`symphony-vlm data scenes`), drawn into the run's folder."""
+
+    train: int = Field(gt=0)
+    test: int = Field(gt=0)
+    image_size: int = Field(default=64, ge=32)
+    questions_per_image: int = Field(default=8, ge=1)
+
+
+class DataConfig(_Schema):
+    """Where the data is. Paths are relative to the current folder."""
+
+    train: str | list[str] | None = None
+    """Instruction data: LLaVA JSON or JSONL, or parquet with image, question, answer."""
+    captions: str | list[str] | None = None
+    """Image-text pairs in the same formats, for the contrastive and the projector stage."""
+    image_folder: str | None = None
+    """Base of the records' image paths; default: the folder of the data file."""
+    scenes: ScenesConfig | None = None
+    """Draws scenes and uses them for whatever is not set above."""
+    validation_fraction: float = Field(default=0.02, ge=0.0, lt=1.0)
+    """Share of the pictures (with all their records) held out of every stage; written to ``validation.jsonl``."""
+    on_bad_sample: Literal["error", "skip"] = "error"
+    check_images: bool = True
+    """Whether every image is decoded before training starts."""
+
+
+class StageConfig(_Schema):
+    """One stage of training."""
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
+    kind: Literal["contrastive", "text", "multimodal"]
+    """contrastive: the image encoder on captions (CLIP). text: the language model alone. multimodal: the whole model."""
+    data: Literal["train", "captions"] = "train"
+    train: dict[str, float] = Field(default_factory=dict)
+    """Peak learning rate by module (``vision_tower``, ``projector``, ``language_model``, or a longer prefix of
+    parameter names, the longest match wins); what is not named is frozen."""
+    upcycle: bool = False
+    """Whether the dense language model becomes a mixture of experts before this stage."""
+    template: str | None = None
+    """Overrides the model's template, e.g. ``plain`` for captions."""
+    epochs: float = Field(default=1.0, gt=0)
+    max_steps: int = -1
+    """Optimizer steps; overrides `epochs` if positive."""
+    batch_size: int = Field(default=8, gt=0)
+    """Per process and micro-batch."""
+    gradient_accumulation_steps: int = Field(default=1, gt=0)
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """For the kinds without `train`."""
+    schedule: str = "cosine"
+    warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+    adam_beta2: float = Field(default=0.999, gt=0, lt=1)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    max_length: int = Field(default=2048, gt=0)
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+    dataloader_workers: int = Field(default=0, ge=0)
+    log_steps: int = Field(default=10, gt=0)
+    save_fraction: float = Field(default=0.2, gt=0, le=1)
+    """A checkpoint each time this share of the stage's steps is done."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> StageConfig:
+        if self.kind == "multimodal" and not self.train:
+            raise ValueError("a multimodal stage needs 'train': a learning rate for each module that trains")
+        if self.kind != "multimodal" and (self.train or self.upcycle):
+            raise ValueError(f"'train' and 'upcycle' belong to multimodal stages; a {self.kind} stage trains one model")
+        return self
+
+
+class EvaluationConfig(_Schema):
+    """What ``quickstart`` evaluates after training."""
+
+    limit: int | None = None
+    corrupted_limit: int | None = None
+    """Images in each corrupted cell."""
+    corruptions: list[str] = Field(default_factory=list)
+    severities: list[int] = Field(default=[1, 2, 3, 4, 5])
+    batch_size: int = 64
+    max_new_tokens: int = 16
+
+
+class Recipe(_Schema):
+    """A complete training run."""
+
+    name: str
+    description: str = ""
+    seed: int = 0
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    stages: list[StageConfig] = Field(min_length=1)
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) != len(names):
+            raise ValueError(f"stage names must differ, got {names}")
+        upcycling = [stage.name for stage in self.stages if stage.upcycle]
+        if len(upcycling) > 1:
+            raise ValueError(f"only one stage can upcycle, got {upcycling}")
+        if upcycling and self.model.moe is None:
+            raise ValueError(f"stage {upcycling[0]!r} upcycles but model.moe is not set")
+        return self

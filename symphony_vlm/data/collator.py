@@ -1,0 +1,114 @@
+"""From samples to padded batches.
+
+Shape letters: B batch, S longest sequence, N images in the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from symphony_vlm.data.conversation import IGNORE_INDEX, EncodedConversation
+from symphony_vlm.data.images import image_key, load_image
+from symphony_vlm.data.sample import ImageRef, Sample
+
+__all__ = ["ConversationCollator", "ConversationDataset", "EncodedSample"]
+
+
+class EncodedSample(TypedDict):
+    """One sample ready for the collator."""
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    images: list[np.ndarray]
+    """uint8 squares in placeholder order."""
+
+
+class ConversationDataset(Dataset[EncodedSample]):
+    """Samples, encoded when first asked for.
+
+    Args:
+        samples: any sequence of samples.
+        encode: tokenises one sample.
+        to_square: the geometric part of image preparation, to a uint8 ``[size, size, 3]`` array.
+        cache_bytes: how much memory prepared images and tokens may take; later epochs read them from there.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        *,
+        encode: Callable[[Sample], EncodedConversation],
+        to_square: Callable[[Any], np.ndarray],
+        cache_bytes: int = 2**30,
+    ) -> None:
+        self._samples = samples
+        self._encode = encode
+        self._to_square = to_square
+        self._budget = cache_bytes
+        self._images: dict[str, np.ndarray] = {}
+        self._tokens: dict[int, tuple[np.ndarray, np.ndarray, tuple[int, ...]]] = {}
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> EncodedSample:
+        sample = self._samples[index]
+        ids, labels, order = self._encoded(index, sample)
+        return {"input_ids": ids, "labels": labels, "images": [self._square(sample.images[i]) for i in order]}
+
+    def _encoded(self, index: int, sample: Sample) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
+        if index not in self._tokens:
+            encoded = self._encode(sample)
+            ids, labels = (np.asarray(row, dtype=np.int32) for row in (encoded.input_ids, encoded.labels))
+            if not self._take(2 * ids.nbytes):
+                return ids, labels, encoded.image_order
+            self._tokens[index] = (ids, labels, encoded.image_order)
+        return self._tokens[index]
+
+    def _square(self, ref: ImageRef) -> np.ndarray:
+        key = image_key(ref)
+        if key not in self._images:
+            square = self._to_square(load_image(ref))
+            if not self._take(square.nbytes):
+                return square
+            self._images[key] = square
+        return self._images[key]
+
+    def _take(self, num_bytes: int) -> bool:
+        if self._budget < num_bytes:
+            return False
+        self._budget -= num_bytes
+        return True
+
+
+@dataclass(frozen=True)
+class ConversationCollator:
+    """Right-pads ids and labels and stacks the images of all samples in reading order."""
+
+    pad_token_id: int
+    normalize: Callable[[list[np.ndarray]], Tensor]
+    """uint8 squares to ``[N, 3, H, W]``."""
+
+    def __call__(self, samples: Sequence[EncodedSample]) -> dict[str, Tensor]:
+        """``input_ids``, ``labels``, ``attention_mask`` ``[B, S]`` and, if there are images, ``pixel_values``."""
+        longest = max(len(sample["input_ids"]) for sample in samples)
+        ids = torch.full((len(samples), longest), self.pad_token_id, dtype=torch.long)
+        labels = torch.full_like(ids, IGNORE_INDEX)
+        mask = torch.zeros_like(ids)
+        for row, sample in enumerate(samples):
+            length = len(sample["input_ids"])
+            ids[row, :length] = torch.from_numpy(sample["input_ids"])
+            labels[row, :length] = torch.from_numpy(sample["labels"])
+            mask[row, :length] = 1
+        batch = {"input_ids": ids, "labels": labels, "attention_mask": mask}
+        images = [image for sample in samples for image in sample["images"]]
+        if images:
+            batch["pixel_values"] = self.normalize(images)
+        return batch

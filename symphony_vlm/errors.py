@@ -1,0 +1,25 @@
+"""The one exception for bad input from a person: files, records, settings, command lines."""
+
+from __future__ import annotations
+
+__all__ = ["InputError"]
+
+
+class InputError(ValueError):
+    """Something a user gave us cannot be used; the message says what, where and what to do.
+
+    The command line turns it into one line on standard error and exit code 2. Every other exception is a fault of
+    ours (or of the machine) and keeps its traceback.
+
+    Args:
+        problem: What is wrong, with the offending value and what was expected instead.
+        where: The file, record, field or option at fault, e.g. ``"train.json: record 12 (id 'a7')"``.
+        remedy: What the user can do about it.
+    """
+
+    def __init__(self, problem: str, *, where: str | None = None, remedy: str | None = None) -> None:
+        self.problem = problem
+        self.where = where
+        self.remedy = remedy
+        text = f"{where}: {problem}" if where else problem
+        super().__init__(f"{text.rstrip('.')}. {remedy}" if remedy else text)

@@ -1,0 +1,1 @@
+"""Tasks, corruptions, the evaluation runner, statistics and reports."""

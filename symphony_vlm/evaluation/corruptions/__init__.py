@@ -1,0 +1,27 @@
+"""The corruptions of ImageNet-C for images of any size, with a generator keyed by image, name, severity and seed."""
+
+from symphony_vlm.evaluation.corruptions.catalogue import (
+    ALL,
+    COMMON,
+    CORRUPTIONS,
+    EXTRA,
+    Corruption,
+    corrupt,
+    parse_corruptions,
+)
+from symphony_vlm.evaluation.corruptions.frost_textures import find_frost_textures
+from symphony_vlm.evaluation.corruptions.randomness import canary, corruption_rng, image_key
+
+__all__ = [
+    "ALL",
+    "COMMON",
+    "CORRUPTIONS",
+    "EXTRA",
+    "Corruption",
+    "canary",
+    "corrupt",
+    "corruption_rng",
+    "find_frost_textures",
+    "image_key",
+    "parse_corruptions",
+]

@@ -1,0 +1,75 @@
+"""Answers questions about images in batches. Each picture is encoded once for all of its questions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from symphony_vlm.evaluation.task import EvaluationItem
+from symphony_vlm.model.vlm import SymphonyVLMForConditionalGeneration
+
+__all__ = ["Predictor"]
+
+
+class Predictor:
+    """Greedy answers of one model.
+
+    Args:
+        model: in evaluation mode, with its processor.
+        batch_size: questions per batch.
+        max_new_tokens: longest answer.
+    """
+
+    def __init__(self, model: SymphonyVLMForConditionalGeneration, *, batch_size: int, max_new_tokens: int) -> None:
+        assert model.processor is not None
+        self._model = model
+        self._processor = model.processor
+        self._batch_size = batch_size
+        self._max_new_tokens = max_new_tokens
+
+    @torch.no_grad()
+    def encode_images(self, images: Sequence[np.ndarray]) -> Tensor:
+        """Projected features of uint8 ``[H, W, 3]`` images, ``[N, P, D]``."""
+        batches = [
+            self._model.get_image_features(
+                self._processor.image_processor(list(images[i : i + self._batch_size]))["pixel_values"].to(
+                    self._model.device
+                )
+            )
+            for i in range(0, len(images), self._batch_size)
+        ]
+        return torch.cat(batches)
+
+    def answer(self, items: Sequence[EvaluationItem], features: Sequence[Tensor | None]) -> list[str]:
+        """One answer per item.
+
+        Args:
+            items: questions.
+            features: for each item the features of its images in order, ``[N, P, D]``, or None.
+        """
+        # Batches of equal length waste no padding; the answers return to the order of the items.
+        order = sorted(range(len(items)), key=lambda i: len(items[i].question))
+        answers = [""] * len(items)
+        for start in range(0, len(order), self._batch_size):
+            chosen = order[start : start + self._batch_size]
+            texts = self._answer_batch([items[i] for i in chosen], [features[i] for i in chosen])
+            for i, text in zip(chosen, texts, strict=True):
+                answers[i] = text
+        return answers
+
+    @torch.no_grad()
+    def _answer_batch(self, items: Sequence[EvaluationItem], features: Sequence[Tensor | None]) -> list[str]:
+        inputs: dict[str, Any] = self._processor.encode_prompts([item.messages for item in items])
+        inputs = {name: tensor.to(self._model.device) for name, tensor in inputs.items()}
+        present = [f for f in features if f is not None]
+        ids = self._model.generate(
+            **inputs,
+            image_features=torch.cat(present) if present else None,
+            max_new_tokens=self._max_new_tokens,
+            do_sample=False,
+        )
+        return self._processor.decode_answers(ids[:, inputs["input_ids"].shape[1] :])

@@ -1,0 +1,323 @@
+"""Robustness of one model to image corruptions, from its cell scores and item scores.
+
+A cell is a (corruption, severity) pair; ``("none", 0)`` is the clean one. Scores lie in [0, 1], errors are 1 - score.
+Means run over the fifteen common corruptions of ImageNet-C (arXiv 1903.12261) as far as they were evaluated, unweighted
+over cells; the extra corruptions appear in the tables of cells only.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from symphony_vlm.evaluation.corruptions.catalogue import COMMON, CORRUPTIONS
+from symphony_vlm.evaluation.quantities import Quantity, difference, mean, ratio, weighted_sum
+from symphony_vlm.evaluation.statistics import Floats, holm, mcnemar, resampled_means, sign_flip_tests
+
+__all__ = [
+    "CLEAN",
+    "Cell",
+    "CellRecords",
+    "ModelScores",
+    "Resampling",
+    "cell_quantities",
+    "common_corruptions",
+    "corrupted_cells",
+    "model_robustness",
+    "score_matrix",
+    "severity_auc",
+]
+
+Cell = tuple[str, int]
+CLEAN: Cell = ("none", 0)
+
+_AGREEMENT = 1e-4
+"""How far a score in results.json may lie from the mean of its item scores before we stop resampling those."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resampling:
+    """How intervals and p-values are drawn."""
+
+    seed: int = 0
+    n_resamples: int = 10_000
+    n_draws: int = 100_000
+    """Random sign flips where more than 20 images differ."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellRecords:
+    """The items of one cell, one entry each."""
+
+    item_ids: tuple[str, ...]
+    images: tuple[str, ...]
+    """The unit of clustering."""
+    scores: Floats
+    """``[I]``; NaN where an item has no score."""
+    answers: tuple[str, ...]
+    """The parsed answer, or the stripped text where nothing was parsed."""
+    pixels: tuple[str | None, ...]
+    """sha256 of the pixels the model was shown."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelScores:
+    """What one model got on one task."""
+
+    label: str
+    model: str
+    router: str
+    task: str
+    metric: str
+    values: Mapping[Cell, float | None]
+    """Scores as results.json gives them."""
+    records: Mapping[Cell, CellRecords] = field(default_factory=dict)
+    chance: float | None = None
+    """Accuracy of the best constant answer, if it was measured."""
+
+
+def corrupted_cells(cells: Iterable[Cell]) -> list[Cell]:
+    """The cells other than the clean one, in the catalogue's order of corruptions, then by severity."""
+    order = {name: index for index, name in enumerate(CORRUPTIONS)}
+    return sorted((cell for cell in cells if cell != CLEAN), key=lambda c: (order.get(c[0], len(order)), c))
+
+
+def common_corruptions(cells: Iterable[Cell]) -> list[str]:
+    """Those of the fifteen common corruptions that occur in ``cells``, in their usual order."""
+    present = {corruption for corruption, _ in cells}
+    return [name for name in COMMON if name in present]
+
+
+def score_matrix(
+    records: Mapping[Cell, CellRecords], cells: Sequence[Cell], values: Mapping[Cell, float | None]
+) -> tuple[list[str], list[str], Floats, dict[Cell, str]]:
+    """Item scores of several cells as one matrix.
+
+    An item without a score is left out of its cell, or counts 0 where only that reproduces the score in results.json.
+
+    Returns:
+        Item ids and their images (I each, sorted by id), scores ``[I, M]`` (NaN: no score), and, for each cell whose
+        item scores do not give the score in results.json, the reason why it cannot be resampled.
+    """
+    images: dict[str, str] = {}
+    for cell in cells:
+        if cell in records:
+            images.update(zip(records[cell].item_ids, records[cell].images, strict=True))
+    row_of = {item: row for row, item in enumerate(sorted(images))}
+    scores_IM = np.full((len(row_of), len(cells)), np.nan)
+    unusable: dict[Cell, str] = {}
+    for column, cell in enumerate(cells):
+        if cell not in records:
+            unusable[cell] = "no predictions file for this cell"
+            continue
+        rows = [row_of[item] for item in records[cell].item_ids]
+        usable = _consistent(records[cell].scores, values.get(cell))
+        if usable is None:
+            unusable[cell] = "the score in results.json is not the mean of the item scores"
+        else:
+            scores_IM[rows, column] = usable
+    return list(row_of), [images[item] for item in row_of], scores_IM, unusable
+
+
+def _consistent(scores: Floats, value: float | None) -> Floats | None:
+    if value is None or np.isnan(scores).all():
+        return None
+    for candidate in (scores, np.nan_to_num(scores, nan=0.0)):
+        if abs(float(np.nanmean(candidate)) - value) <= _AGREEMENT:
+            return candidate
+    return None
+
+
+def cell_quantities(scores: ModelScores, resampling: Resampling) -> dict[Cell, Quantity]:
+    """The score of every cell of a model, all resampled with the same weights."""
+    cells = list(scores.values)
+    _, images, scores_IM, unusable = score_matrix(scores.records, cells, scores.values)
+    replicates = None
+    if images:
+        _, replicates = resampled_means(scores_IM, images, seed=resampling.seed, n_resamples=resampling.n_resamples)
+    result: dict[Cell, Quantity] = {}
+    for column, cell in enumerate(cells):
+        value = scores.values[cell]
+        if value is None:
+            result[cell] = Quantity(value=None, reason="the cell has no score (too many errors)")
+        elif cell in unusable or replicates is None:
+            result[cell] = Quantity(value=value, reason=unusable.get(cell, "no item scores"))
+        else:
+            result[cell] = Quantity(value=value, replicates=replicates[:, column])
+    return result
+
+
+def severity_auc(by_severity: Mapping[int, Quantity]) -> Quantity:
+    """Area under the score over severity, divided by the range of severities.
+
+    With severities 0 (clean) to 5 it is ``(1/5) sum_{s=1..5} (S_{s-1} + S_s) / 2``; severities that were left out are
+    bridged by a straight line.
+
+    Args:
+        by_severity: Score by severity, 0 included.
+    """
+    levels = sorted(by_severity)
+    if len(levels) < 2 or levels[0] != 0:
+        return Quantity(value=None, reason="needs the clean score and at least one severity")
+    weights = dict.fromkeys(levels, 0.0)
+    for left, right in itertools.pairwise(levels):
+        weights[left] += (right - left) / 2 / levels[-1]
+        weights[right] += (right - left) / 2 / levels[-1]
+    return weighted_sum([by_severity[s] for s in levels], [weights[s] for s in levels])
+
+
+def model_robustness(scores: ModelScores, resampling: Resampling) -> dict[str, object]:
+    """Every robustness figure of one model that needs no second model.
+
+    Args:
+        scores: The model's scores; item scores give intervals, flips and tests.
+        resampling: Seed and numbers of draws.
+
+    Returns:
+        JSON: ``clean``, ``mean_corrupted``, ``drop``, ``retention``, ``relative_drop``, ``retention_above_chance``,
+        ``severity_auc``, ``families``, ``flips``, ``cells``, and which corruptions and severities they cover. A number
+        is ``{"value", "ci_low", "ci_high"}`` with a ``"reason"`` where one of them is null.
+    """
+    quantities = cell_quantities(scores, resampling)
+    cells = corrupted_cells(quantities)
+    headline = common_corruptions(cells)
+    clean = quantities.get(CLEAN, Quantity(value=None, reason="the clean images were not evaluated"))
+    means = [quantities[cell] for cell in cells if cell[0] in headline]
+    corrupted = mean(means) if means else Quantity(value=None, reason="no common corruption was evaluated")
+    retention = ratio(corrupted, clean, name="clean score")
+    curves = {name: {s: quantities[c, s] for c, s in cells if c == name} | {0: clean} for name, _ in cells}
+    areas = {name: severity_auc(curve) for name, curve in curves.items()}
+    flips, flip_cells = _flips(scores, cells, headline, resampling)
+    return {
+        "label": scores.label,
+        "model": scores.model,
+        "router": scores.router,
+        "task": scores.task,
+        "metric": scores.metric,
+        "corruptions": headline,
+        "extra_corruptions": [name for name in curves if name not in headline],
+        "severities": sorted({severity for _, severity in cells}),
+        "complete": len([cell for cell in cells if cell[0] in headline]) == len(COMMON) * 5,
+        "clean": clean.to_json(),
+        "mean_corrupted": corrupted.to_json(),
+        "drop": difference(corrupted, clean).to_json(),
+        "retention": retention.to_json(),
+        "relative_drop": _one_minus(retention).to_json(),
+        "retention_above_chance": _above_chance(corrupted, clean, scores.chance),
+        "severity_auc": {
+            "mean": mean([areas[name] for name in headline]).to_json(),
+            "mean_over_clean": ratio(mean([areas[name] for name in headline]), clean, name="clean score").to_json(),
+            "by_corruption": {name: area.to_json() for name, area in areas.items()},
+        },
+        "families": _families(quantities, cells),
+        "flips": flips,
+        "cells": [
+            {
+                "corruption": cell[0],
+                "severity": cell[1],
+                "score": quantities[cell].to_json(),
+                "retention": ratio(quantities[cell], clean, name="clean score").to_json(),
+                **flip_cells.get(cell, {}),
+            }
+            for cell in cells
+        ],
+    }
+
+
+def _one_minus(part: Quantity) -> Quantity:
+    if part.value is None or part.replicates is None:
+        return Quantity(value=None if part.value is None else 1 - part.value, reason=part.reason)
+    return Quantity(value=1 - part.value, replicates=1 - part.replicates)
+
+
+def _above_chance(corrupted: Quantity, clean: Quantity, chance: float | None) -> dict[str, object]:
+    if chance is None:
+        return Quantity(value=None, reason="the best constant answer was not measured").to_json()
+    base = Quantity(
+        value=chance, replicates=None if clean.replicates is None else np.full_like(clean.replicates, chance)
+    )
+    if clean.value is not None and clean.value <= chance:
+        return Quantity(value=None, reason="the clean score is not above the constant answer").to_json()
+    above = ratio(difference(base, corrupted), difference(base, clean), name="clean score above the constant answer")
+    return {**above.to_json(), "chance": chance}
+
+
+def _families(quantities: Mapping[Cell, Quantity], cells: Sequence[Cell]) -> dict[str, object]:
+    result: dict[str, object] = {}
+    for family in ("noise", "blur", "weather", "digital"):
+        names = [name for name in COMMON if CORRUPTIONS[name].family == family]
+        parts = [quantities[cell] for cell in cells if cell[0] in names]
+        if parts:
+            result[family] = mean(parts).to_json()
+    return result
+
+
+def _flips(
+    scores: ModelScores, cells: Sequence[Cell], headline: Sequence[str], resampling: Resampling
+) -> tuple[dict[str, object], dict[Cell, dict[str, object]]]:
+    """Which items change under corruption, over all headline cells and by cell.
+
+    Right means a score of at least 0.5, so that partial credit (VQA accuracy) has flips too.
+    """
+    items, images, scores_IM, unusable = score_matrix(scores.records, [CLEAN, *cells], scores.values)
+    known = [cell for cell in cells if cell not in unusable]
+    if CLEAN in unusable or not known:
+        return Quantity(value=None, reason=unusable.get(CLEAN, "no corrupted item scores")).to_json(), {}
+    columns = [1 + cells.index(cell) for cell in known]
+    clean_I1, bad_IM = scores_IM[:, :1], scores_IM[:, columns]
+    both_IM = ~np.isnan(clean_I1) & ~np.isnan(bad_IM)
+    right_I1, right_IM = clean_I1 >= 0.5, bad_IM >= 0.5
+    parts = {
+        "right_to_wrong": right_I1 & ~right_IM,
+        "wrong_to_right": ~right_I1 & right_IM,
+        "answer_change_rate": _answer_changes(scores.records, known, items),
+        "clean_right": np.broadcast_to(right_I1, bad_IM.shape),
+    }
+    stacked = np.concatenate([np.where(both_IM, part.astype(float), np.nan) for part in parts.values()], axis=1)
+    values, replicates = resampled_means(stacked, images, seed=resampling.seed, n_resamples=resampling.n_resamples)
+    quantity = {
+        (name, cell): Quantity(value=float(values[i * len(known) + j]), replicates=replicates[:, i * len(known) + j])
+        for i, name in enumerate(parts)
+        for j, cell in enumerate(known)
+        if not np.isnan(values[i * len(known) + j])
+    }
+    exact = set(np.unique(scores_IM[~np.isnan(scores_IM)])) <= {0.0, 1.0}
+    sign_p = sign_flip_tests(bad_IM - clean_I1, images, seed=resampling.seed, n_draws=resampling.n_draws)
+    by_cell: dict[Cell, dict[str, object]] = {}
+    for j, cell in enumerate(known):
+        lost, gained = (int((parts[name] & both_IM)[:, j].sum()) for name in ("right_to_wrong", "wrong_to_right"))
+        by_cell[cell] = {
+            "n_paired": int(both_IM[:, j].sum()),
+            "right_to_wrong": lost,
+            "wrong_to_right": gained,
+            "answer_change_rate": quantity["answer_change_rate", cell].to_json(),
+            "mcnemar_p": mcnemar(lost, gained) if exact else None,
+            "sign_flip_p": sign_p[j],
+        }
+    for cell, adjusted in zip(known, holm(sign_p), strict=True):
+        by_cell[cell]["sign_flip_p_holm"] = adjusted
+    total = {
+        name: mean([quantity[name, c] for c in known if c[0] in headline and (name, c) in quantity]) for name in parts
+    }
+    summary: dict[str, object] = {
+        "flip_rate": weighted_sum([total["right_to_wrong"], total["wrong_to_right"]], [1.0, 1.0]).to_json(),
+        "right_to_wrong": total["right_to_wrong"].to_json(),
+        "wrong_to_right": total["wrong_to_right"].to_json(),
+        "lost_of_clean_right": ratio(
+            total["right_to_wrong"], total["clean_right"], name="share of clean-right items"
+        ).to_json(),
+        "answer_change_rate": total["answer_change_rate"].to_json(),
+    }
+    return summary, by_cell
+
+
+def _answer_changes(records: Mapping[Cell, CellRecords], cells: Sequence[Cell], items: Sequence[str]) -> np.ndarray:
+    clean = dict(zip(records[CLEAN].item_ids, records[CLEAN].answers, strict=True))
+    changes = np.zeros((len(items), len(cells)), dtype=bool)
+    for column, cell in enumerate(cells):
+        here = dict(zip(records[cell].item_ids, records[cell].answers, strict=True))
+        changes[:, column] = [here.get(item) != clean.get(item) for item in items]
+    return changes

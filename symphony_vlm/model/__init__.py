@@ -1,0 +1,1 @@
+"""Vision tower, projector, merge and language model: the vision-language model and its processor."""

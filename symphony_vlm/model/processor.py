@@ -1,0 +1,106 @@
+"""The processor: conversations, text and images to model inputs, the same way in training and inference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.processing_utils import ProcessorMixin
+
+from symphony_vlm.data.conversation import EncodedConversation, encode_conversation, get_template
+from symphony_vlm.data.sample import Message
+from symphony_vlm.data.tokenizer import IMAGE_TOKEN
+from symphony_vlm.errors import InputError
+from symphony_vlm.model.merge import position_ids_from_mask
+from symphony_vlm.model.registration import register
+
+__all__ = ["SymphonyVLMProcessor"]
+
+
+class SymphonyVLMProcessor(ProcessorMixin):
+    """Tokenizer, image processor and conversation template of one model.
+
+    Args:
+        image_processor: prepares images.
+        tokenizer: knows ``<image>`` and the template's markers.
+        num_image_tokens: placeholders per image.
+        template: name of a built-in conversation template.
+    """
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        num_image_tokens: int = 576,
+        template: str = "vicuna_v1",
+        chat_template: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.num_image_tokens = num_image_tokens
+        self.template = get_template(template).name
+        chat_template = chat_template or get_template(template).to_jinja(IMAGE_TOKEN)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    @property
+    def image_token_id(self) -> int:
+        """Id of the placeholder."""
+        token_id: int = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        return token_id
+
+    def __call__(
+        self,
+        images: Image.Image | Sequence[Image.Image] | None = None,
+        text: str | Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Text with ``<image>`` marks and their images, as in other processors of transformers.
+
+        Raises:
+            InputError: marks and images differ in number.
+        """
+        texts = [text] if isinstance(text, str) else list(text or [])
+        flat = [images] if isinstance(images, Image.Image) else list(images or [])
+        marks = sum(item.count(IMAGE_TOKEN) for item in texts)
+        if marks != len(flat):
+            raise InputError(f"{marks} {IMAGE_TOKEN} marks in the text but {len(flat)} images", where="processor")
+        texts = [item.replace(IMAGE_TOKEN, IMAGE_TOKEN * self.num_image_tokens) for item in texts]
+        kwargs.setdefault("return_tensors", "pt")
+        kwargs.setdefault("padding", len(texts) > 1)
+        # Generation continues at the end of every row, so the padding stands on the left.
+        inputs = dict(self.tokenizer(texts, padding_side="left", add_special_tokens=False, **kwargs))
+        inputs.pop("token_type_ids", None)
+        if flat:
+            inputs["pixel_values"] = self.image_processor(flat)["pixel_values"]
+        return BatchFeature(inputs)
+
+    def encode(self, messages: Sequence[Message], *, template: str | None = None, **kwargs: Any) -> EncodedConversation:
+        """Ids and labels of one conversation, see `data.conversation.encode_conversation`."""
+        return encode_conversation(
+            messages,
+            template=get_template(template or self.template),
+            tokenizer=self.tokenizer,
+            image_token_id=self.image_token_id,
+            num_image_tokens=self.num_image_tokens,
+            **kwargs,
+        )
+
+    def encode_prompts(self, conversations: Sequence[Sequence[Message]]) -> dict[str, torch.Tensor]:
+        """Left-padded ``input_ids``, ``attention_mask``, ``position_ids`` for generation, ``[B, S]``."""
+        rows = [self.encode(messages, generation_prompt=True).input_ids for messages in conversations]
+        longest = max(len(row) for row in rows)
+        pad = self.tokenizer.pad_token_id
+        ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows])
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+        return {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids_from_mask(mask)}
+
+    def decode_answers(self, ids: torch.Tensor) -> list[str]:
+        """Generated ids ``[B, S]`` (without the prompt) to texts, end markers removed, stripped."""
+        texts: list[str] = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        end = get_template(self.template).answer_end
+        return [text.split(end)[0].strip() if end.strip() else text.split("\n")[0].strip() for text in texts]
+
+
+register("processor")

@@ -1,0 +1,292 @@
+"""Vision towers: any open_clip encoder, or CLIP and SigLIP from transformers, behind one small interface.
+
+Shape letters: N images, P features per image, C vision hidden size.
+
+A tower is described completely by its `VisionConfig`, which a checkpoint carries: rebuilding one never needs a name, a
+hub or a path.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from symphony_vlm.errors import InputError
+from symphony_vlm.text import nearest
+
+__all__ = ["VisionConfig", "VisionTower", "build_vision_tower", "load_vision_tower"]
+
+OPENAI_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """Everything needed to rebuild a vision tower and to prepare its images."""
+
+    backend: Literal["open_clip", "transformers"]
+    architecture: Mapping[str, Any]
+    """open_clip: ``{"embed_dim", "vision_cfg", "quick_gelu"}``; transformers: the vision config's dict."""
+    image_size: int
+    feature_layer: int = -2
+    """Which hidden layer the features come from; -1 is the output of the last block, -2 (LLaVA) the one before."""
+    feature_select: Literal["patch", "cls_patch"] = "patch"
+    """Patch features alone, or with the class token in front."""
+    image_mean: tuple[float, float, float] = OPENAI_CLIP_MEAN
+    image_std: tuple[float, float, float] = OPENAI_CLIP_STD
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready mapping; `from_dict` restores an equal object."""
+        return {key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> VisionConfig:
+        """Builds the config from `to_dict`'s mapping; unknown keys are an `InputError`."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known:
+                raise InputError(f"unknown setting {key!r}{nearest(key, known)}", where="vision_config")
+        return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+
+
+class VisionTower(nn.Module):
+    """Common face of the towers: images in, features of one hidden layer out.
+
+    Attributes:
+        hidden_size: C.
+        num_tokens: P.
+    """
+
+    hidden_size: int
+    num_tokens: int
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, pixels_N3HW: Tensor) -> Tensor:
+        """Features ``[N, P, C]``."""
+        raise NotImplementedError
+
+    def _measure(self) -> None:
+        """Learns P and C from one forward pass on the meta device: right for any architecture, and free."""
+        size = self.config.image_size
+        state = {name: torch.empty_like(t, device="meta") for name, t in self.state_dict(keep_vars=True).items()}
+        state |= {name: torch.empty_like(b, device="meta") for name, b in self.named_buffers()}
+        pixels = torch.empty(1, 3, size, size, device="meta")
+        with torch.no_grad():
+            features = torch.func.functional_call(self, state, (pixels,))
+        self.num_tokens, self.hidden_size = features.shape[1], features.shape[2]
+
+
+class OpenClipTower(VisionTower):
+    """The image half of an open_clip model: ViT, ModifiedResNet, or any timm trunk."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__(config)
+        from open_clip.model import CLIPVisionCfg, _build_vision_tower
+
+        arch = dict(config.architecture)
+        self.visual = _build_vision_tower(
+            arch["embed_dim"], CLIPVisionCfg(**arch["vision_cfg"]), arch.get("quick_gelu", False)
+        )
+        self._drop_what_is_not_used()
+        self._measure()
+
+    def forward(self, pixels_N3HW: Tensor) -> Tensor:
+        layer = self.config.feature_layer
+        out = self.visual.forward_intermediates(
+            pixels_N3HW,
+            # Hidden layer 0 is the embedding, so hidden layer k is the output of block k - 1; negatives agree.
+            indices=[layer if layer < 0 else layer - 1] if not self._pruned else [-1],
+            stop_early=True,
+            intermediates_only=True,
+            output_extra_tokens=self.config.feature_select == "cls_patch",
+        )
+        features = out["image_intermediates"][0].flatten(2).transpose(1, 2)
+        if self.config.feature_select == "cls_patch":
+            features = torch.cat([out["image_intermediates_prefix"][0], features], dim=1)
+        return features
+
+    def _drop_what_is_not_used(self) -> None:
+        """Blocks after the feature layer, the final norm and the head: they would be trained without a gradient."""
+        self._pruned = hasattr(self.visual, "transformer")
+        if self._pruned:
+            layer = self.config.feature_layer
+            self.visual.prune_intermediate_layers([layer if layer < 0 else layer - 1], prune_norm=True)
+            if getattr(self.visual, "attn_pool", None) is not None:
+                self.visual.attn_pool = None
+
+
+class HuggingFaceTower(VisionTower):
+    """A transformers vision model with ``hidden_states``: CLIP, SigLIP and others of that shape."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__(config)
+        from transformers import AutoConfig, AutoModel
+
+        vision_config = AutoConfig.for_model(**config.architecture)
+        # Layers above the feature layer are never built; its output is then the last hidden state.
+        total = vision_config.num_hidden_layers
+        vision_config.num_hidden_layers = config.feature_layer % (total + 1)
+        if hasattr(vision_config, "vision_use_head"):
+            vision_config.vision_use_head = False
+        self.model = AutoModel.from_config(vision_config)
+        # The final norm feeds the pooled output alone; kept, it would be a parameter that never gets a gradient.
+        for module in list(self.model.modules()):
+            if hasattr(module, "post_layernorm"):
+                module.post_layernorm = nn.Identity()
+        self._measure()
+
+    def forward(self, pixels_N3HW: Tensor) -> Tensor:
+        hidden_NPC = self.model(pixels_N3HW, output_hidden_states=True).hidden_states[-1]
+        has_class_token = hidden_NPC.shape[1] % 2 == 1 and hidden_NPC.shape[1] == self._num_patches() + 1
+        return hidden_NPC[:, 1:] if has_class_token and self.config.feature_select == "patch" else hidden_NPC
+
+    def _num_patches(self) -> int:
+        return (self.config.image_size // self.model.config.patch_size) ** 2
+
+
+def build_vision_tower(config: VisionConfig) -> VisionTower:
+    """A tower with new weights."""
+    towers = {"open_clip": OpenClipTower, "transformers": HuggingFaceTower}
+    if config.backend not in towers:
+        raise InputError(
+            f"{config.backend!r} is not one of {', '.join(towers)}{nearest(config.backend, towers)}",
+            where="vision_config.backend",
+        )
+    return towers[config.backend](config)
+
+
+def load_vision_tower(
+    backend: str,
+    name: str,
+    *,
+    pretrained: str | None = None,
+    feature_layer: int = -2,
+    feature_select: Literal["patch", "cls_patch"] = "patch",
+) -> VisionTower:
+    """A pretrained tower.
+
+    Args:
+        backend: ``open_clip`` or ``transformers``.
+        name: open_clip: an architecture's name, a folder written by the ``encoder`` stage (``open_clip_config.json``),
+            or ``hf-hub:...``; transformers: a hub id or a local folder.
+        pretrained: open_clip's pretrained tag or a local weight file.
+        feature_layer: see `VisionConfig`.
+        feature_select: see `VisionConfig`.
+
+    Raises:
+        InputError: the name, tag or folder does not exist.
+    """
+    choose = {"feature_layer": feature_layer, "feature_select": feature_select}
+    if backend == "open_clip":
+        return _load_open_clip(name, pretrained, choose)
+    if backend == "transformers":
+        return _load_transformers(name, choose)
+    raise InputError(f"{backend!r} is not one of open_clip, transformers", where="model.vision.backend")
+
+
+def _load_open_clip(name: str, pretrained: str | None, choose: dict[str, Any]) -> VisionTower:
+    import open_clip
+
+    where = "model.vision"
+    folder = Path(name)
+    if (folder / "open_clip_config.json").is_file():
+        name = f"local-dir:{folder}"
+    elif not name.startswith(("hf-hub:", "local-dir:")):
+        if name not in open_clip.list_models():
+            raise InputError(
+                f"{name!r} is neither an open_clip architecture nor a folder with open_clip_config.json"
+                f"{nearest(name, open_clip.list_models())}",
+                where=f"{where}.name",
+            )
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        if pretrained is not None and pretrained not in tags and not Path(pretrained).is_file():
+            raise InputError(
+                f"{pretrained!r} is neither a file nor a pretrained tag of {name}{nearest(pretrained, tags)}",
+                where=f"{where}.pretrained",
+                remedy=f"Tags: {', '.join(tags) or 'none'}.",
+            )
+    # weights_only: a checkpoint file must not be able to run code.
+    clip = open_clip.create_model(name, pretrained=pretrained, weights_only=True)
+    arch = _open_clip_architecture(name)
+    size = clip.visual.image_size
+    config = VisionConfig(
+        backend="open_clip",
+        architecture=arch,
+        image_size=size[0] if isinstance(size, (tuple, list)) else size,
+        image_mean=tuple(clip.visual.preprocess_cfg["mean"]),
+        image_std=tuple(clip.visual.preprocess_cfg["std"]),
+        **choose,
+    )
+    tower = OpenClipTower(config)
+    _copy_weights(tower.visual, clip.visual.state_dict())
+    return tower
+
+
+def _open_clip_architecture(name: str) -> dict[str, Any]:
+    import open_clip
+
+    if name.startswith("local-dir:"):
+        import json
+
+        cfg = json.loads((Path(name.removeprefix("local-dir:")) / "open_clip_config.json").read_text())["model_cfg"]
+    else:
+        cfg = open_clip.get_model_config(name)
+        if cfg is None:
+            raise InputError(
+                f"the architecture of {name!r} is not known locally",
+                where="model.vision.name",
+                remedy="Download the repository and give its folder.",
+            )
+    return {
+        "embed_dim": cfg["embed_dim"],
+        "vision_cfg": dict(cfg["vision_cfg"]),
+        "quick_gelu": bool(cfg.get("quick_gelu", False)),
+    }
+
+
+def _load_transformers(name: str, choose: dict[str, Any]) -> VisionTower:
+    from transformers import AutoConfig, AutoImageProcessor, AutoModel
+
+    try:
+        full = AutoConfig.from_pretrained(name)
+        processor = AutoImageProcessor.from_pretrained(name)
+    except OSError as error:
+        raise InputError(
+            str(error).splitlines()[0], where="model.vision.name", remedy="Give a local folder."
+        ) from error
+    vision = getattr(full, "vision_config", full)
+    size = vision.image_size
+    config = VisionConfig(
+        backend="transformers",
+        architecture=vision.to_dict(),
+        image_size=size,
+        image_mean=tuple(processor.image_mean),
+        image_std=tuple(processor.image_std),
+        **choose,
+    )
+    tower = HuggingFaceTower(config)
+    source = AutoModel.from_pretrained(name)
+    source = getattr(source, "vision_model", source)
+    weights = {key.removeprefix("vision_model."): value for key, value in source.state_dict().items()}
+    prefix = "vision_model." if any(k.startswith("vision_model.") for k in tower.model.state_dict()) else ""
+    _copy_weights(tower.model, {prefix + key: value for key, value in weights.items()})
+    return tower
+
+
+def _copy_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Loads the weights that the pruned module still has; a missing one is an error."""
+    needed = set(module.state_dict())
+    if missing := sorted(needed - set(weights)):
+        raise InputError(
+            f"the checkpoint has no {', '.join(missing[:3])} ({len(missing)} missing)", where="model.vision"
+        )
+    module.load_state_dict({key: weights[key] for key in needed})

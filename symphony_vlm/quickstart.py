@@ -1,0 +1,133 @@
+"""The whole path in one command: scenes, training of every router from the same start, evaluation, report."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from symphony_vlm.config.recipe import Recipe
+from symphony_vlm.errors import InputError
+from symphony_vlm.files import write_json
+
+__all__ = ["quickstart"]
+
+
+def quickstart(recipe: Recipe, output: Path, routers: Sequence[str], *, console: Console) -> dict[str, Any]:
+    """Runs the recipe once per router. Stages before the upcycling are trained once and shared.
+
+    Args:
+        recipe: ``quickstart``, with the seed set.
+        output: gets ``<router>/model``, ``results.json`` and ``report.html``.
+        routers: presets to compare; the first is the baseline.
+        console: where progress goes.
+
+    Returns:
+        The summary of ``--json``: paths, headline accuracies, seconds by part.
+    """
+    from symphony_vlm.evaluation.report import write_report
+    from symphony_vlm.evaluation.runner import EvaluationPlan, evaluate
+    from symphony_vlm.training.run import train
+
+    seconds: dict[str, float] = {}
+    shared, final = _split_at_upcycling(recipe)
+    clock = time.monotonic()
+    train(shared, output / "shared", console=console)
+    seconds["shared stages"] = time.monotonic() - clock
+    start = output / "shared" / shared.stages[-1].name / "model"
+    test = output / "shared" / "scenes" / "test.json"
+
+    headline: dict[str, Any] = {}
+    folders = []
+    baseline: dict[str, Any] | None = None
+    for router in routers:
+        clock = time.monotonic()
+        run = output / router
+        train(_for_router(final, router, start, test.parent), run, console=console)
+        seconds[f"{router}: training"] = time.monotonic() - clock
+        clock = time.monotonic()
+        evaluation = recipe.evaluation
+        plan = EvaluationPlan(
+            model=str(run / "model"),
+            tasks=("scenes",),
+            data=test,
+            corruptions=tuple(evaluation.corruptions),
+            severities=tuple(evaluation.severities),
+            limit=evaluation.limit,
+            corrupted_limit=evaluation.corrupted_limit,
+            seed=recipe.seed,
+            batch_size=evaluation.batch_size,
+            max_new_tokens=evaluation.max_new_tokens,
+        )
+        folder = output / "evaluation" / router
+        summary = evaluate(plan, folder, console=console)
+        baseline = baseline or _text_only(shared, output / "shared", test, recipe.seed)
+        _add_baseline(folder / "results.json", baseline)
+        headline[router] = summary.headline
+        folders.append(folder)
+        seconds[f"{router}: evaluation"] = time.monotonic() - clock
+    clock = time.monotonic()
+    report = write_report(folders, output)
+    seconds["report"] = time.monotonic() - clock
+    return {
+        "results": str(output / "results.json"),
+        "report": str(report),
+        "headline": headline,
+        "text_only": baseline["value"] if baseline else None,
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+    }
+
+
+def _split_at_upcycling(recipe: Recipe) -> tuple[Recipe, Recipe]:
+    """(the stages before the upcycling, the stages from it on)."""
+    index = next((i for i, stage in enumerate(recipe.stages) if stage.upcycle), None)
+    if index is None or index == 0:
+        raise InputError(
+            "the comparison of routers needs stages before the one that upcycles", where=f"recipe {recipe.name}"
+        )
+    return (
+        recipe.model_copy(update={"stages": recipe.stages[:index]}),
+        recipe.model_copy(update={"stages": recipe.stages[index:]}),
+    )
+
+
+def _for_router(recipe: Recipe, router: str, start: Path, scenes: Path) -> Recipe:
+    moe = {**(recipe.model.moe or {}), "router": router}
+    model = recipe.model.model_copy(update={"moe": moe, "start": str(start)})
+    data = recipe.data.model_copy(
+        update={
+            "scenes": None,
+            "train": str(scenes / "train.json"),
+            "captions": str(scenes / "captions_train.json"),
+        }
+    )
+    return recipe.model_copy(update={"name": f"{recipe.name}_{router}", "model": model, "data": data})
+
+
+def _text_only(recipe: Recipe, run: Path, test: Path, seed: int) -> dict[str, Any] | None:
+    """Accuracy of the language stage's model, which read the training conversations but saw no picture."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from symphony_vlm.evaluation.baselines import text_only_baseline
+    from symphony_vlm.evaluation.task import get_task
+
+    stage = next((stage.name for stage in recipe.stages if stage.kind == "text"), None)
+    if stage is None:
+        return None
+    folder = run / stage / "model"
+    task = get_task("scenes")
+    items = task.load(test, None, run, seed)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return text_only_baseline(model, tokenizer, recipe.model.template, task, items, seed=seed)
+
+
+def _add_baseline(path: Path, baseline: dict[str, Any] | None) -> None:
+    if baseline is not None:
+        values = json.loads(path.read_text())
+        others = [b for b in values["baselines"] if b["name"] != baseline["name"]]
+        write_json(path, values | {"baselines": [*others, baseline]})

@@ -1,0 +1,173 @@
+"""What happens beside the training loop: graph updates, logs, progress, state."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from symphony_vlm.moe.expert_graph import update_expert_graphs
+from symphony_vlm.moe.recording import RoutingRecorder
+from symphony_vlm.moe.statistics import graph_statistics
+
+__all__ = ["COMPLETE_MARK", "CheckpointMark", "ExpertGraphUpdate", "JsonLog", "ProgressDisplay", "RoutingLog"]
+
+COMPLETE_MARK = "COMPLETE"
+"""File written into a checkpoint when all its other files are there. A kill while saving leaves none."""
+
+
+class ExpertGraphUpdate(TrainerCallback):
+    """Moves the expert graphs once per optimizer step, after the backward pass."""
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        update_expert_graphs(kwargs["model"])
+
+
+class CheckpointMark(TrainerCallback):
+    """Marks finished checkpoints and reports the step that a restart would continue from."""
+
+    def __init__(self, saved: Callable[[int], None]) -> None:
+        self._saved = saved
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE_MARK).touch()
+            self._saved(state.global_step)
+
+
+class JsonLog(TrainerCallback):
+    """One JSON line per log step in the run's ``log.jsonl``.
+
+    When a stage continues from a checkpoint, the lines that the killed process wrote after it are cut, so that the
+    file reads as if there had been no interruption.
+    """
+
+    def __init__(self, path: Path, stage: str) -> None:
+        self._path = path
+        self._stage = stage
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero or not self._path.is_file():
+            return
+        kept = [
+            line for line in self._path.read_text().splitlines(keepends=True) if self._keep(line, state.global_step)
+        ]
+        self._path.write_text("".join(kept))
+
+    def _keep(self, line: str, step: int) -> bool:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            return False  # torn by a kill; its step is repeated
+        return bool(entry["stage"] != self._stage or entry["step"] <= step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if state.is_world_process_zero and logs:
+            numbers = {key: value for key, value in logs.items() if isinstance(value, (int, float))}
+            entry = {"stage": self._stage, "step": state.global_step, **numbers}
+            with self._path.open("a") as file:
+                file.write(json.dumps(entry) + "\n")
+
+
+class RoutingLog(TrainerCallback):
+    """Load and graph statistics, a number of times over the stage, as JSON lines."""
+
+    def __init__(self, path: Path, recorder: RoutingRecorder, *, points: int = 20) -> None:
+        self._path = path
+        self._recorder = recorder
+        self._points = points
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._recorder.statistics.read()
+        if state.is_world_process_zero:
+            kept = self._path.read_text().splitlines(keepends=True) if self._path.is_file() else []
+            self._path.write_text("".join(line for line in kept if json.loads(line)["step"] <= state.global_step))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        every = max(1, state.max_steps // self._points)
+        if state.global_step % every and state.global_step != state.max_steps:
+            return
+        layers = self._recorder.statistics.read()
+        if state.is_world_process_zero:
+            model: nn.Module = kwargs["model"]
+            entry = {"step": state.global_step, "layers": layers, "graphs": graph_statistics(model)}
+            with self._path.open("a") as file:
+                file.write(json.dumps(entry) + "\n")
+
+
+class ProgressDisplay(TrainerCallback):
+    """A progress bar with rate and time left on a terminal, a plain line every few seconds otherwise."""
+
+    def __init__(self, console: Console, stage: str, *, seconds_between_lines: float = 15.0) -> None:
+        self._console = console
+        self._stage = stage
+        self._pause = seconds_between_lines
+        self._bar: Progress | None = None
+        self._task: Any = None
+        self._loss = float("nan")
+        self._start = self._last = 0.0
+        self._first_step = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._start, self._first_step = time.monotonic(), state.global_step
+        self._last = self._start
+        if not state.is_world_process_zero:
+            return
+        if self._console.is_terminal:
+            columns = ("[bold]{task.description}", BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+            self._bar = Progress(*columns, TimeRemainingColumn(), console=self._console)
+            self._bar.start()
+            self._task = self._bar.add_task(self._stage, total=state.max_steps, completed=state.global_step, note="")
+        elif state.global_step:
+            self._console.print(f"{self._stage}: continuing after step {state.global_step}")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        now = time.monotonic()
+        rate = (state.global_step - self._first_step) / max(now - self._start, 1e-9)
+        note = f"loss {self._loss:.3f}  {rate:.1f} steps/s"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=state.global_step, note=note)
+        elif now - self._last >= self._pause or state.global_step == state.max_steps:
+            self._last = now
+            left = (state.max_steps - state.global_step) / max(rate, 1e-9)
+            self._console.print(f"{self._stage}: step {state.global_step}/{state.max_steps}  {note}  {left:.0f} s left")
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._loss = (logs or {}).get("loss", self._loss)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()

@@ -1,0 +1,138 @@
+"""The parts that stages share and hand on: tokenizer, image processor, vision tower, language model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from symphony_vlm.config.recipe import ModelConfig
+from symphony_vlm.data.conversation import get_template
+from symphony_vlm.data.sample import Sample
+from symphony_vlm.data.tokenizer import ensure_special_tokens, train_tokenizer
+from symphony_vlm.errors import InputError
+from symphony_vlm.model.configuration import SymphonyVLMConfig
+from symphony_vlm.model.image_processor import SymphonyImageProcessor
+from symphony_vlm.model.processor import SymphonyVLMProcessor
+from symphony_vlm.model.projector import build_projector
+from symphony_vlm.model.vision import VisionConfig, VisionTower, build_vision_tower, load_vision_tower
+from symphony_vlm.model.vlm import SymphonyVLMForConditionalGeneration
+
+__all__ = ["assemble", "new_image_processor", "new_language_model", "open_tokenizer"]
+
+
+def open_tokenizer(model: ModelConfig, folder: Path, corpus: Iterable[Sequence[Sample]]) -> Any:
+    """The run's tokenizer: the pretrained language model's, or one trained on the corpus and kept in ``folder``."""
+    from transformers import AutoTokenizer
+
+    template = get_template(model.template)
+    if model.language.name is not None:
+        tokenizer = _from_hub(AutoTokenizer, model.language.name, "model.language.name")
+        ensure_special_tokens(tokenizer)
+        return tokenizer
+    if not (folder / "tokenizer.json").is_file():
+        end = template.answer_end if template.answer_end.strip() else "<|end|>"
+        texts = list(_texts(corpus))
+        tokenizer = train_tokenizer(
+            texts, vocab_size=model.language.vocab_size, special_tokens=template.special_tokens, end_token=end
+        )
+        tokenizer.save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def _texts(corpus: Iterable[Sequence[Sample]]) -> Iterator[str]:
+    for samples in corpus:
+        for i in range(len(samples)):
+            yield from (message.text for message in samples[i].messages)
+
+
+def new_language_model(model: ModelConfig, tokenizer: Any, folder: Path | None) -> Any:
+    """The dense language model: from the language stage's folder, pretrained, or new."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if folder is not None:
+        language_model = AutoModelForCausalLM.from_pretrained(folder)
+    elif model.language.name is not None:
+        language_model = _from_hub(AutoModelForCausalLM, model.language.name, "model.language.name")
+    else:
+        assert model.language.architecture is not None
+        try:
+            config = AutoConfig.for_model(**model.language.architecture)
+        except (ValueError, TypeError) as error:
+            raise InputError(str(error).splitlines()[0][:200], where="model.language.architecture") from error
+        config.vocab_size = len(tokenizer)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(config, name, getattr(tokenizer, name))
+        language_model = AutoModelForCausalLM.from_config(config)
+    if len(tokenizer) > language_model.config.vocab_size:
+        language_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    return language_model
+
+
+def new_vision_tower(model: ModelConfig, encoder: Path | None) -> VisionTower:
+    """The vision tower: from the encoder stage's folder, pretrained, or new."""
+    vision = model.vision
+    choose: dict[str, Any] = {"feature_layer": vision.feature_layer, "feature_select": vision.feature_select}
+    if encoder is not None:
+        return load_vision_tower("open_clip", str(encoder), **choose)
+    if vision.name is not None:
+        return load_vision_tower(vision.backend, vision.name, pretrained=vision.pretrained, **choose)
+    arch = vision.architecture
+    assert arch is not None
+    config = VisionConfig(
+        backend="open_clip",
+        architecture={key: arch[key] for key in ("embed_dim", "vision_cfg", "quick_gelu") if key in arch},
+        image_size=arch["vision_cfg"]["image_size"],
+        **choose,
+    )
+    return build_vision_tower(config)
+
+
+def new_image_processor(model: ModelConfig, tower: VisionConfig | None = None) -> SymphonyImageProcessor:
+    """Prepares images as the tower needs them; before there is a tower, as the architecture says."""
+    mode = model.vision.resize_mode
+    if tower is not None:
+        return SymphonyImageProcessor(tower.image_size, tower.image_mean, tower.image_std, resize_mode=mode)
+    assert model.vision.architecture is not None
+    return SymphonyImageProcessor(model.vision.architecture["vision_cfg"]["image_size"], resize_mode=mode)
+
+
+def assemble(
+    model: ModelConfig, tokenizer: Any, *, encoder: Path | None, language: Path | None
+) -> SymphonyVLMForConditionalGeneration:
+    """The dense vision-language model from its parts, with a new projector and its processor attached."""
+    tower = new_vision_tower(model, encoder)
+    language_model = new_language_model(model, tokenizer, language)
+    processor = SymphonyVLMProcessor(
+        new_image_processor(model, tower.config), tokenizer, tower.num_tokens, template=model.template
+    )
+    config = SymphonyVLMConfig(
+        vision_config=tower.config.to_dict(),
+        text_config=language_model.config,
+        projector=model.projector,
+        image_token_id=processor.image_token_id,
+        num_image_tokens=tower.num_tokens,
+    )
+    # Only the skeleton is built, without memory, and the parts are put into it: never two copies of the weights.
+    with torch.device("meta"):
+        vlm = SymphonyVLMForConditionalGeneration(config)
+    vlm.vision_tower = tower
+    vlm.language_model = language_model
+    vlm.projector = build_projector(model.projector, tower.hidden_size, config.text_config.hidden_size)
+    vlm.generation_config.eos_token_id = tokenizer.eos_token_id
+    vlm.generation_config.pad_token_id = tokenizer.pad_token_id
+    vlm.processor = processor
+    return vlm
+
+
+def _from_hub(auto_class: Any, name: str, where: str) -> Any:
+    try:
+        return auto_class.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{name!r} cannot be opened: {str(error).splitlines()[0][:200]}",
+            where=where,
+            remedy="Give a local folder, or a hub id while online.",
+        ) from error

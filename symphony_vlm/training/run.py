@@ -1,0 +1,122 @@
+"""Runs a recipe from its first stage to its last. Running it again continues where it stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from symphony_vlm.config.recipe import Recipe
+from symphony_vlm.files import write_json
+from symphony_vlm.training.provenance import provenance
+from symphony_vlm.training.run_data import open_run_data
+from symphony_vlm.training.run_state import RunState
+
+__all__ = ["TrainResult", "train"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """Where a finished run is and how it ended."""
+
+    run: Path
+    stage: str
+    step: int
+    loss: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The summary of ``--json``."""
+        return {"run": str(self.run), "stage": self.stage, "step": self.step, "loss": self.loss}
+
+
+def train(recipe: Recipe, output: Path, *, console: Console | None = None) -> TrainResult:
+    """Runs every stage that is not done yet.
+
+    Args:
+        recipe: what to do.
+        output: the run's folder, see ``RUN/`` in the README.
+        console: where progress goes; default: standard error.
+
+    Raises:
+        InputError: the data or the settings cannot be used, or the folder holds another recipe's run.
+    """
+    console = console or Console(stderr=True)
+    state = RunState(output, recipe)
+    if all(state.is_done(stage.name) for stage in recipe.stages):
+        console.print(f"{output}: every stage is done")
+        return _result(recipe, output, state)
+
+    from symphony_vlm.training.parts import open_tokenizer
+    from symphony_vlm.training.stages import RunContext, run_stage
+
+    data = open_run_data(recipe, output, console.print)
+    tokenizer = _tokenizer_of(recipe.model.start) or open_tokenizer(
+        recipe.model, output / "tokenizer", data.train.values()
+    )
+    write_json(
+        output / "provenance.json",
+        provenance(
+            recipe=recipe.name,
+            recipe_sha256=state.values["recipe_sha256"],
+            seed=recipe.seed,
+            data_sha256=data.fingerprints,
+            counts=data.counts,
+        ),
+    )
+    context = RunContext(recipe=recipe, folder=output, data=data, tokenizer=tokenizer, state=state, console=console)
+    for stage in recipe.stages:
+        if not state.is_done(stage.name):
+            run_stage(stage, context)
+            _write_training_record(output, stage.name)
+            state.set(stage.name, status="done")
+    _link_model(output, recipe.stages[-1].name)
+    return _result(recipe, output, state)
+
+
+def _tokenizer_of(start: str | None) -> Any:
+    """The tokenizer of the model that the run starts from."""
+    if start is None:
+        return None
+    from transformers import AutoTokenizer
+
+    from symphony_vlm.model.loading import resolve_model_folder
+
+    return AutoTokenizer.from_pretrained(resolve_model_folder(start))
+
+
+def _result(recipe: Recipe, output: Path, state: RunState) -> TrainResult:
+    last = state.get(recipe.stages[-1].name)
+    return TrainResult(run=output, stage=recipe.stages[-1].name, step=last["step"], loss=last["loss"])
+
+
+def _write_training_record(output: Path, stage: str) -> None:
+    """Losses and routing of the run so far beside the stage's model, so that a report can draw them anywhere."""
+    log = _json_lines(output / "log.jsonl")
+    routing = [{"stage": stage, **entry} for entry in _json_lines(output / stage / "routing.jsonl")]
+    record = {
+        "recipe": json.loads((output / "state.json").read_text())["recipe"],
+        "log": log,
+        "routing": routing,
+        "provenance": json.loads((output / "provenance.json").read_text()),
+    }
+    write_json(output / stage / "model" / "training.json", record)
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def _link_model(output: Path, last_stage: str) -> None:
+    """``RUN/model`` stands for the last stage's model."""
+    link = output / "model"
+    if link.is_symlink() or link.exists():
+        return
+    try:
+        os.symlink(Path(last_stage) / "model", link, target_is_directory=True)
+    except OSError:  # file systems without links
+        shutil.copytree(output / last_stage / "model", link)

@@ -1,0 +1,89 @@
+"""Where a run stands, on disk: which stages are done, and where a restart continues."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from symphony_vlm.config.recipe import Recipe
+from symphony_vlm.errors import InputError
+from symphony_vlm.files import write_json, write_text
+from symphony_vlm.training.callbacks import COMPLETE_MARK
+
+__all__ = ["RunState", "last_checkpoint"]
+
+
+class RunState:
+    """``RUN/state.json``, replaced atomically at every change.
+
+    Raises:
+        InputError: the folder belongs to another recipe.
+    """
+
+    def __init__(self, folder: Path, recipe: Recipe) -> None:
+        self._path = folder / "state.json"
+        self._recipe_path = folder / "recipe.resolved.yaml"
+        values = json.loads(recipe.model_dump_json())
+        resolved = yaml.safe_dump(values, sort_keys=False)
+        digest = hashlib.sha256(resolved.encode()).hexdigest()
+        self.values: dict[str, Any] = {"recipe": recipe.name, "recipe_sha256": digest, "stages": {}}
+        if self._path.is_file():
+            self._continue(folder, values, digest)
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(self._recipe_path, resolved)
+            self._write()
+
+    def _continue(self, folder: Path, values: dict[str, Any], digest: str) -> None:
+        found = json.loads(self._path.read_text())
+        if found["recipe_sha256"] != digest:
+            old = yaml.safe_load(self._recipe_path.read_text())
+            changes = ", ".join(_differences(old, values)[:3])
+            raise InputError(
+                f"the folder holds a run of another recipe; it differs in {changes}",
+                where=str(folder),
+                remedy="Give another --output, or the same settings to continue.",
+            )
+        self.values = found
+
+    def is_done(self, stage: str) -> bool:
+        """Whether the stage has finished and its model is saved."""
+        return self.values["stages"].get(stage, {}).get("status") == "done"
+
+    def set(self, stage: str, **values: Any) -> None:
+        """Records facts about a stage, e.g. ``status="running", step=120``."""
+        self.values["stages"].setdefault(stage, {}).update(values)
+        self._write()
+
+    def get(self, stage: str) -> dict[str, Any]:
+        """What is known about a stage."""
+        known: dict[str, Any] = self.values["stages"].get(stage, {})
+        return known
+
+    def _write(self) -> None:
+        write_json(self._path, self.values)
+
+
+def _differences(old: Any, new: Any, path: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = list(dict.fromkeys([*old, *new]))
+        return [d for key in keys for d in _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return [d for i, (a, b) in enumerate(zip(old, new, strict=True)) for d in _differences(a, b, f"{path}.{i}")]
+    return [] if old == new else [f"{path} ({old!r} before, {new!r} now)"]
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest finished checkpoint of a stage; unfinished ones (killed while saving) are removed."""
+    complete: list[tuple[int, Path]] = []
+    for path in folder.glob("checkpoint-*"):
+        if (path / COMPLETE_MARK).is_file():
+            complete.append((int(path.name.rpartition("-")[2]), path))
+        else:
+            shutil.rmtree(path)
+    return max(complete)[1] if complete else None

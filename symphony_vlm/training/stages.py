@@ -1,0 +1,311 @@
+"""One function per kind of stage. Each builds a model and a data set, trains, and saves what the next stage opens."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import nn
+from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers.integrations import TensorBoardCallback
+
+from symphony_vlm.config.recipe import Recipe, StageConfig
+from symphony_vlm.data.collator import ConversationCollator, ConversationDataset
+from symphony_vlm.data.sample import Sample
+from symphony_vlm.errors import InputError
+from symphony_vlm.model.image_processor import SymphonyImageProcessor
+from symphony_vlm.model.processor import SymphonyVLMProcessor
+from symphony_vlm.model.vlm import SymphonyVLMForConditionalGeneration
+from symphony_vlm.moe.configuration import MoEConfig
+from symphony_vlm.training.callbacks import CheckpointMark, ExpertGraphUpdate, JsonLog, ProgressDisplay, RoutingLog
+from symphony_vlm.training.contrastive import CaptionCollator, ContrastiveModel, caption_dataset, save_open_clip
+from symphony_vlm.training.parts import assemble, new_image_processor, new_language_model
+from symphony_vlm.training.run_data import RunData
+from symphony_vlm.training.run_state import RunState, last_checkpoint
+from symphony_vlm.training.text import TextBlocks
+from symphony_vlm.training.trainer import StageTrainer, freeze_except
+
+__all__ = ["RunContext", "run_stage"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunContext:
+    """What all stages of a run share."""
+
+    recipe: Recipe
+    folder: Path
+    data: RunData
+    tokenizer: Any
+    state: RunState
+    console: Console
+
+    def model_folder(self, stage: str) -> Path:
+        """Where a stage's result is."""
+        return self.folder / stage / "model"
+
+    def earlier(self, stage: StageConfig, kind: str) -> Path | None:
+        """Result of the last stage of that kind before this one, if there is one."""
+        before = self.recipe.stages[: [s.name for s in self.recipe.stages].index(stage.name)]
+        found = [s.name for s in before if s.kind == kind]
+        return self.model_folder(found[-1]) if found else None
+
+
+def run_stage(stage: StageConfig, context: RunContext) -> None:
+    """Trains one stage, continuing from its last checkpoint, and saves its model."""
+    set_seed(context.recipe.seed)
+    kinds: dict[str, Callable[[StageConfig, RunContext], None]] = {
+        "contrastive": _run_contrastive,
+        "text": _run_text,
+        "multimodal": _run_multimodal,
+    }
+    kinds[stage.kind](stage, context)
+
+
+def _run_contrastive(stage: StageConfig, context: RunContext) -> None:
+    train, validation = context.data.get(stage.data, stage.name)
+    architecture = context.recipe.model.vision.architecture
+    if architecture is None:
+        raise InputError(
+            "a contrastive stage trains a new encoder", where=stage.name, remedy="Set vision.architecture."
+        )
+    processor = new_image_processor(context.recipe.model)
+    model = ContrastiveModel(architecture, len(context.tokenizer))
+    to_square = partial(_square, processor)
+    collate = CaptionCollator(model.context_length, model.end_token_id, partial(_normalize, processor))
+    trainer = _trainer(
+        stage,
+        context,
+        model,
+        caption_dataset(train, context.tokenizer, to_square),
+        caption_dataset(validation, context.tokenizer, to_square),
+        collate,
+        rates={"": stage.learning_rate},
+        # An incomplete last batch has fewer negatives, and so another loss.
+        drop_last=True,
+    )
+    _fit(trainer, stage, context)
+    save = partial(save_open_clip, model, image_mean=processor.image_mean, image_std=processor.image_std)
+    _replace_folder(context.model_folder(stage.name), save)
+
+
+def _run_text(stage: StageConfig, context: RunContext) -> None:
+    train, validation = context.data.get(stage.data, stage.name)
+    template = stage.template or context.recipe.model.template
+    blocks = partial(TextBlocks, tokenizer=context.tokenizer, template=template, block_size=stage.max_length)
+    model = new_language_model(context.recipe.model, context.tokenizer, None)
+    held_out = _optional_blocks(blocks, validation)
+    rates = {"": stage.learning_rate}
+    trainer = _trainer(stage, context, model, blocks(train), held_out, _stack, rates=rates)
+    _fit(trainer, stage, context)
+
+    def save(folder: Path) -> None:
+        model.save_pretrained(folder)
+        context.tokenizer.save_pretrained(folder)
+
+    _replace_folder(context.model_folder(stage.name), save)
+
+
+def _run_multimodal(stage: StageConfig, context: RunContext) -> None:
+    train, validation = context.data.get(stage.data, stage.name)
+    model = _starting_model(stage, context)
+    processor = model.processor
+    assert processor is not None
+    if stage.upcycle:
+        assert context.recipe.model.moe is not None
+        model.upcycle_(MoEConfig.from_dict(context.recipe.model.moe), seed=context.recipe.seed)
+    freeze_except(model, stage.train)
+    dataset = partial(
+        ConversationDataset,
+        encode=partial(_encode, processor, stage),
+        to_square=partial(_square, processor.image_processor),
+    )
+    collate = ConversationCollator(processor.tokenizer.pad_token_id, partial(_normalize, processor.image_processor))
+    callbacks: list[TrainerCallback] = [ExpertGraphUpdate()]
+    if model.routing is not None:
+        callbacks.append(RoutingLog(context.folder / stage.name / "routing.jsonl", model.routing))
+    trainer = _trainer(
+        stage, context, model, dataset(train), dataset(validation), collate, rates=stage.train, callbacks=callbacks
+    )
+    _fit(trainer, stage, context)
+
+    def save(folder: Path) -> None:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+
+    _replace_folder(context.model_folder(stage.name), save)
+
+
+def _starting_model(stage: StageConfig, context: RunContext) -> SymphonyVLMForConditionalGeneration:
+    """The last multimodal stage's model, the recipe's ``model.start``, or the parts put together."""
+    from symphony_vlm.model.loading import load
+
+    earlier = context.earlier(stage, "multimodal") or context.recipe.model.start
+    if earlier is not None:
+        return load(earlier, device="cpu")
+    return assemble(
+        context.recipe.model,
+        context.tokenizer,
+        encoder=context.earlier(stage, "contrastive"),
+        language=context.earlier(stage, "text"),
+    )
+
+
+def _trainer(
+    stage: StageConfig,
+    context: RunContext,
+    model: nn.Module,
+    train: Any,
+    validation: Any,
+    collate: Callable[[Any], Any],
+    *,
+    rates: Mapping[str, float],
+    callbacks: Sequence[TrainerCallback] = (),
+    drop_last: bool = False,
+) -> StageTrainer:
+    from torch.utils.tensorboard import SummaryWriter
+
+    folder = context.folder / stage.name
+    folder.mkdir(parents=True, exist_ok=True)
+    has_validation = validation is not None and len(validation) > 0
+    steps = _total_steps(stage, len(train), drop_last)
+    # Checkpoints fall on log steps, so that a log line never spans an interruption.
+    save_steps = max(1, round(stage.save_fraction * steps / stage.log_steps)) * stage.log_steps
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=stage.batch_size,
+        per_device_eval_batch_size=stage.batch_size,
+        gradient_accumulation_steps=stage.gradient_accumulation_steps,
+        num_train_epochs=stage.epochs,
+        max_steps=stage.max_steps,
+        learning_rate=max(rates.values()),
+        lr_scheduler_type=stage.schedule,
+        warmup_steps=stage.warmup_ratio,
+        weight_decay=stage.weight_decay,
+        adam_beta2=stage.adam_beta2,
+        max_grad_norm=stage.max_grad_norm,
+        bf16=stage.bf16,
+        **_checkpointing(stage),
+        logging_steps=stage.log_steps,
+        logging_first_step=True,
+        eval_strategy="steps" if has_validation else "no",
+        eval_steps=save_steps,
+        save_strategy="steps",
+        save_steps=save_steps,
+        save_total_limit=2,
+        prediction_loss_only=True,
+        seed=context.recipe.seed,
+        data_seed=context.recipe.seed,
+        dataloader_num_workers=stage.dataloader_workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        dataloader_drop_last=drop_last,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
+    )
+    trainer = StageTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=train,
+        eval_dataset=validation if has_validation else None,
+        data_collator=collate,
+        rates=rates,
+        callbacks=[
+            *callbacks,
+            JsonLog(context.folder / "log.jsonl", stage.name),
+            CheckpointMark(lambda step: context.state.set(stage.name, step=step)),
+            TensorBoardCallback(SummaryWriter(str(context.folder / "tensorboard" / stage.name))),
+            ProgressDisplay(context.console, stage.name),
+        ],
+    )
+    _drop_default_printer(trainer)
+    saves = max(1, steps // save_steps)
+    context.console.print(f"[bold]{stage.name}[/]: {steps} steps, a checkpoint every {save_steps} ({saves} planned)")
+    return trainer
+
+
+def _fit(trainer: StageTrainer, stage: StageConfig, context: RunContext) -> None:
+    checkpoint = last_checkpoint(context.folder / stage.name)
+    known = context.state.get(stage.name)
+    context.state.set(stage.name, status="running", step=int(checkpoint.name.split("-")[1]) if checkpoint else 0)
+    start = time.monotonic()
+    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    seconds = round(known.get("seconds", 0.0) + time.monotonic() - start, 1)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    context.state.set(
+        stage.name, step=result.global_step, loss=losses[-1] if losses else result.training_loss, seconds=seconds
+    )
+
+
+def _replace_folder(folder: Path, save: Callable[[Path], None]) -> None:
+    """Saves next to the target and renames: a folder called ``model`` is always complete."""
+    temporary = folder.with_name(".model.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    save(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+def _total_steps(stage: StageConfig, num_samples: int, drop_last: bool) -> int:
+    if stage.max_steps > 0:
+        return stage.max_steps
+    per_batch = stage.batch_size
+    batches = num_samples // per_batch if drop_last else -(-num_samples // per_batch)
+    if batches == 0:
+        raise InputError(
+            f"{num_samples} samples make no batch of {per_batch}", where=stage.name, remedy="Lower the batch size."
+        )
+    return max(1, round(stage.epochs * max(1, batches // stage.gradient_accumulation_steps)))
+
+
+def _checkpointing(stage: StageConfig) -> dict[str, Any]:
+    if not stage.gradient_checkpointing:
+        return {}
+    # Reentrant checkpointing would hide the router's logits from the losses. transformers renamed the setting.
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
+
+
+def _drop_default_printer(trainer: StageTrainer) -> None:
+    from transformers.trainer_callback import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+
+
+def _encode(processor: SymphonyVLMProcessor, stage: StageConfig, sample: Sample) -> Any:
+    return processor.encode(sample.messages, template=stage.template, max_length=stage.max_length, origin=sample.origin)
+
+
+def _square(processor: SymphonyImageProcessor, image: Any) -> np.ndarray:
+    return np.asarray(processor.to_square(image))
+
+
+def _normalize(processor: SymphonyImageProcessor, squares: list[np.ndarray]) -> torch.Tensor:
+    pixels: torch.Tensor = processor(squares)["pixel_values"]
+    return pixels
+
+
+def _optional_blocks(blocks: Callable[[Any], TextBlocks], samples: Sequence[Sample]) -> TextBlocks | None:
+    try:
+        return blocks(samples)
+    except InputError:
+        logger.info("the held-out conversations are shorter than one block; no validation loss for this stage")
+        return None
+
+
+def _stack(items: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {key: torch.stack([item[key] for item in items]) for key in items[0]}

@@ -1,0 +1,103 @@
+"""Hugging Face's Trainer with learning rates by module and a log of every part of the loss."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from symphony_vlm.errors import InputError
+from symphony_vlm.text import nearest
+
+__all__ = ["StageTrainer", "freeze_except", "parameter_groups"]
+
+
+def freeze_except(model: nn.Module, rates: Mapping[str, float]) -> None:
+    """Lets exactly those parameters train whose name begins with a key of ``rates``.
+
+    Raises:
+        InputError: a key is the prefix of no parameter.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for prefix in rates:
+        if not any(_has_prefix(name, prefix) for name in names):
+            modules = sorted({name.split(".")[0] for name in names})
+            raise InputError(
+                f"{prefix!r} is no module of the model{nearest(prefix, modules)}",
+                where="stage.train",
+                remedy=f"Modules: {', '.join(modules)}, or a longer prefix of a parameter's name.",
+            )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(_rate(name, rates) is not None)
+
+
+def parameter_groups(model: nn.Module, rates: Mapping[str, float], weight_decay: float) -> list[dict[str, Any]]:
+    """Optimizer groups by learning rate; biases, norms and other vectors are not decayed."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            rate = _rate(name, rates)
+            assert rate is not None
+            groups[(rate, weight_decay if parameter.dim() >= 2 else 0.0)].append(parameter)
+    return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
+
+
+def _has_prefix(name: str, prefix: str) -> bool:
+    return prefix == "" or name == prefix or name.startswith(prefix + ".")
+
+
+def _rate(name: str, rates: Mapping[str, float]) -> float | None:
+    matching = [prefix for prefix in rates if _has_prefix(name, prefix)]
+    return rates[max(matching, key=len)] if matching else None
+
+
+class StageTrainer(Trainer):
+    """Trainer of one stage.
+
+    Args:
+        rates: learning rate by module prefix; the empty prefix matches everything.
+    """
+
+    def __init__(self, *args: Any, rates: Mapping[str, float], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._rates = rates
+        self._part_sums: dict[str, Tensor] = {}
+        self._part_count = 0
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW with one group per learning rate."""
+        if self.optimizer is None:
+            groups = parameter_groups(model or self.model, self._rates, self.args.weight_decay)
+            betas = (self.args.adam_beta1, self.args.adam_beta2)
+            self.optimizer = torch.optim.AdamW(
+                groups, lr=self.args.learning_rate, betas=betas, eps=self.args.adam_epsilon
+            )
+        return self.optimizer
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The model's own loss; its parts are added up for the log."""
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        parts = getattr(outputs, "loss_parts", None)
+        if parts and model.training:
+            self._part_count += 1
+            for name, value in parts.items():
+                # Sums stay on the device; the log step reads them.
+                self._part_sums[name] = self._part_sums.get(name, torch.zeros_like(value)) + value
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the means of the loss parts since the last log."""
+        if "loss" in logs and self._part_count:
+            logs |= {name: round(float(total) / self._part_count, 6) for name, total in self._part_sums.items()}
+            self._part_sums, self._part_count = {}, 0
+        super().log(logs, start_time)
