@@ -29,9 +29,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(config_app, name="config")
 
 Json = Annotated[bool, typer.Option("--json", help="Print a machine-readable summary as the last line.")]
-Overrides = Annotated[
-    Optional[list[str]], typer.Argument(help="Settings, e.g. stages.instruct.epochs=2", metavar="A.B=C")
-]  # noqa: UP045
+Overrides = Annotated[list[str] | None, typer.Argument(help="Settings, e.g. stages.instruct.epochs=2", metavar="A.B=C")]
 
 
 def _console() -> Console:
@@ -120,17 +118,17 @@ def evaluate(
     model: Annotated[str, typer.Option(help="Folder of a model or of a finished run, or a hub name.")],
     output: Annotated[Path, typer.Option(help="Folder for results and predictions.")],
     task: Annotated[
-        Optional[str], typer.Option(help="scenes, short_answer; default short_answer if --data is given.")
-    ] = None,  # noqa: UP045, E501
+        str | None, typer.Option(help="scenes, short_answer; default short_answer if --data is given.")
+    ] = None,
     data: Annotated[
-        Optional[Path], typer.Option(help="LLaVA JSON or JSONL, or parquet with image, question, answer.")
-    ] = None,  # noqa: UP045, E501
+        Path | None, typer.Option(help="LLaVA JSON or JSONL, or parquet with image, question, answer.")
+    ] = None,
     image_folder: Annotated[Optional[Path], typer.Option(help="Base of the records' image paths.")] = None,  # noqa: UP045
     corruption: Annotated[str, typer.Option(help="Names separated by commas, common (15), all (19) or none.")] = "none",
     severity: Annotated[str, typer.Option(help="1 to 5, separated by commas.")] = "1,2,3,4,5",
     limit: Annotated[
-        Optional[int], typer.Option(help="About so many questions per cell, of whole pictures.", min=1)
-    ] = None,  # noqa: UP045, E501
+        int | None, typer.Option(help="About so many questions per cell, of whole pictures.", min=1)
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the subset and the corruptions.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Questions answered together.", min=1)] = 64,
     max_new_tokens: Annotated[Optional[int], typer.Option(help="Longest answer; default: the task's.", min=1)] = None,  # noqa: UP045

@@ -22,4 +22,5 @@ class InputError(ValueError):
         self.where = where
         self.remedy = remedy
         text = f"{where}: {problem}" if where else problem
-        super().__init__(f"{text.rstrip('.')}. {remedy}" if remedy else text)
+        sentence = text if text.endswith("?") else f"{text.rstrip('.')}."
+        super().__init__(f"{sentence} {remedy}" if remedy else text)

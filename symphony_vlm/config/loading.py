@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.resources
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -19,10 +18,9 @@ __all__ = ["apply_overrides", "config_folder", "list_recipes", "load_recipe"]
 
 def config_folder() -> Path:
     """The packaged YAML files, or the repository's ``configs`` in an editable install."""
-    repository = Path(__file__).parents[2] / "configs"
-    if repository.is_dir():
-        return repository
-    return Path(str(importlib.resources.files("symphony_vlm._configs")))
+    package = Path(__file__).parents[1]
+    packaged = package / "_configs"
+    return packaged if packaged.is_dir() else package.parent / "configs"
 
 
 def list_recipes() -> list[str]:
@@ -48,6 +46,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         raise InputError(f"not valid YAML: {' '.join(str(error).split())}", where=str(path)) from error
     if not isinstance(values, dict):
         raise InputError("a recipe is a mapping with model, data and stages", where=str(path))
+    values = _numeric(values)
     apply_overrides(values, overrides)
     try:
         recipe = Recipe.model_validate(values)
@@ -92,6 +91,10 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> None:
 
 def _numeric(value: Any) -> Any:
     """YAML 1.1 reads ``1e-3`` as text; in a setting it is a number."""
+    if isinstance(value, dict):
+        return {key: _numeric(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_numeric(item) for item in value]
     if isinstance(value, str) and value[:1] in "+-.0123456789":
         try:
             return float(value)

@@ -21,6 +21,9 @@ __all__ = [
 ]
 
 
+DataRole = Literal["train", "captions"]
+
+
 class _Schema(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, arbitrary_types_allowed=True)
 
@@ -108,8 +111,9 @@ class StageConfig(_Schema):
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
     kind: Literal["contrastive", "text", "multimodal"]
-    """contrastive: the image encoder on captions (CLIP). text: the language model alone. multimodal: the whole model."""
-    data: Literal["train", "captions"] = "train"
+    """contrastive: the image encoder on captions (CLIP). text: the language model alone. multimodal: the whole."""
+    data: DataRole | list[DataRole] = "train"
+    """Which of the recipe's data, ``train`` or ``captions``, or both mixed."""
     train: dict[str, float] = Field(default_factory=dict)
     """Peak learning rate by module (``vision_tower``, ``projector``, ``language_model``, or a longer prefix of
     parameter names, the longest match wins); what is not named is frozen."""
@@ -137,6 +141,11 @@ class StageConfig(_Schema):
     log_steps: int = Field(default=10, gt=0)
     save_fraction: float = Field(default=0.2, gt=0, le=1)
     """A checkpoint each time this share of the stage's steps is done."""
+
+    @property
+    def roles(self) -> list[DataRole]:
+        """`data` as a list."""
+        return [self.data] if isinstance(self.data, str) else self.data
 
     @model_validator(mode="after")
     def _consistent(self) -> StageConfig:

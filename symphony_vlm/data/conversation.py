@@ -7,7 +7,7 @@ special tokens switched off: whatever they type stays text.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -52,9 +52,15 @@ class Template:
 
     def to_jinja(self, image_token: str) -> str:
         """The same layout as a chat template for ``apply_chat_template``."""
-        quote = {name: _jinja_quote(text) for name, text in (("image", image_token), ("end", self.answer_end))}
+        prompt = self.answer_start.rstrip(" ")
+        space = self.answer_start[len(prompt) :]
+        texts = {"image": image_token, "end": self.answer_end, "prompt": prompt, "space": space}
+        quote = {name: _jinja_quote(text) for name, text in texts.items()}
         system = self.default_system
+        user_text = "{%- elif m['role'] == 'assistant' -%}" if self.drops_user_text else "{%- elif true -%}"
+        user_string = "" if self.drops_user_text else "{{- m['content'] -}}"
         lines = [
+            "{%- if bos_token -%}{{- bos_token -}}{%- endif -%}" if self.bos else "",
             "{%- if messages and messages[0]['role'] != 'system' -%}"
             + f"{{{{- {_jinja_quote(self.system[0] + system + self.system[1])} }}}}"
             + "{%- endif -%}"
@@ -62,21 +68,21 @@ class Template:
             else "",
             "{%- for m in messages -%}",
             f"{{%- set start = {{'system': {_jinja_quote(self.system[0])}, 'user': {_jinja_quote(self.user[0])}, "
-            f"'assistant': {_jinja_quote(self.answer_start)}}}[m['role']] -%}}",
+            f"'assistant': {quote['prompt']}}}[m['role']] -%}}",
             f"{{%- set end = {{'system': {_jinja_quote(self.system[1])}, 'user': {_jinja_quote(self.user[1])}, "
             f"'assistant': ''}}[m['role']] -%}}",
             "{{- start -}}",
-            "{%- if m['role'] == 'assistant' -%}{%- generation -%}",
+            f"{{%- if m['role'] == 'assistant' -%}}{{%- generation -%}}{{{{- {quote['space']} -}}}}",
             "{{- m['content'] if m['content'] is string else m['content'] | map(attribute='text') | join -}}",
             f"{{{{- {quote['end']} -}}}}",
             f"{{%- endgeneration -%}}{{{{- {_jinja_quote(self.between)} -}}}}",
-            "{%- elif m['content'] is string -%}{{- m['content'] -}}",
+            f"{{%- elif m['content'] is string -%}}{user_string}",
             "{%- else -%}{%- for part in m['content'] -%}",
             f"{{%- if part['type'] == 'image' -%}}{{{{- {quote['image']} -}}}}",
-            "{%- elif true -%}{{- part['text'] -}}{%- endif -%}{%- endfor -%}{%- endif -%}",
+            f"{user_text}{{{{- part['text'] -}}}}{{%- endif -%}}{{%- endfor -%}}{{%- endif -%}}",
             "{{- end -}}",
             "{%- endfor -%}",
-            f"{{%- if add_generation_prompt -%}}{{{{- {_jinja_quote(self.answer_start)} -}}}}{{%- endif -%}}",
+            f"{{%- if add_generation_prompt -%}}{{{{- {quote['prompt']} -}}}}{{%- endif -%}}",
         ]
         return "".join(lines)
 
@@ -176,7 +182,7 @@ def encode_conversation(
     if template.bos and tokenizer.bos_token_id is not None:
         ids.append(tokenizer.bos_token_id)
         labels.append(IGNORE_INDEX)
-    for segment in _segments(messages, template, generation_prompt):
+    for segment in _with_spaces_before_words(_segments(messages, template, generation_prompt)):
         if segment.kind == "image":
             new = [image_token_id] * num_image_tokens
             spans.append((len(ids), len(ids) + num_image_tokens))
@@ -213,8 +219,10 @@ def _segments(messages: Sequence[Message], template: Template, generation_prompt
     for message in messages:
         if message.role == "assistant":
             yield _Segment("marker", template.answer_start)
-            yield _Segment("answer", message.text)
-            yield _Segment("answer_end", template.answer_end)
+            # An end that is no marker but white space is tokenised with the words, as in running text.
+            end = template.answer_end
+            yield _Segment("answer", message.text if end.strip() else message.text + end)
+            yield _Segment("answer_end", end if end.strip() else "")
             yield _Segment("marker", template.between)
         else:
             start, end = template.system if message.role == "system" else template.user
@@ -229,13 +237,42 @@ def _segments(messages: Sequence[Message], template: Template, generation_prompt
         yield _Segment("marker", template.answer_start)
 
 
+def _with_spaces_before_words(segments: Iterable[_Segment]) -> list[_Segment]:
+    """Joins neighbouring markers and moves a marker's last space to the words after it.
+
+    Tokenizers keep a space with the word that follows. A marker that ended in a lone space token would force words
+    without their space, which pretrained models hardly know, most of all at the start of an answer.
+    """
+    result: list[_Segment] = []
+    for segment in segments:
+        if segment.kind != "image" and not segment.text:
+            continue
+        if result and result[-1].kind == "marker":
+            marker = result[-1].text
+            if segment.kind == "marker":
+                result[-1] = _Segment("marker", marker + segment.text)
+                continue
+            if segment.kind in ("text", "answer") and marker.endswith(" "):
+                result[-1] = _Segment("marker", marker[:-1])
+                segment = _Segment(segment.kind, " " + segment.text)
+        result.append(segment)
+    if result and result[-1].kind == "marker":
+        result[-1] = _Segment("marker", result[-1].text.rstrip(" "))
+    return result
+
+
 def _tokenize(tokenizer: PreTrainedTokenizerBase, segment: _Segment) -> list[int]:
-    if not segment.text:
-        return []
     # Only the template's own markers may become special tokens; people's words, in questions and answers, stay text.
     plain = segment.kind in ("text", "answer")
-    ids: list[int] = tokenizer.encode(segment.text, add_special_tokens=False, split_special_tokens=plain)
+    # A sentencepiece tokenizer puts a space before whatever it is given.
+    text = segment.text[1:] if segment.text.startswith(" ") and _adds_space(tokenizer) else segment.text
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=plain)
     return ids
+
+
+def _adds_space(tokenizer: PreTrainedTokenizerBase) -> bool:
+    first: str = tokenizer.convert_ids_to_tokens(tokenizer.encode("a", add_special_tokens=False))[0]
+    return first.startswith("\u2581")
 
 
 def _check_round_trip(tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str, origin: str) -> None:

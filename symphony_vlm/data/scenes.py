@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -180,7 +179,7 @@ def generate_scenes(
     digest, counts = _write_splits(output, arguments, progress)
     manifest = {**plan, "pillow": PIL.__version__, "counts": counts, "sha256": digest}
     _write_atomically(partial, manifest)
-    os.replace(partial, output / MANIFEST)
+    partial.replace(output / MANIFEST)
     return _summary(output, manifest)
 
 
@@ -381,7 +380,7 @@ def _write_records(output: Path, records: dict[str, list[Record]]) -> str:
 def _write_atomically(path: Path, content: Record) -> None:
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_bytes((json.dumps(content, indent=2) + "\n").encode())
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def _summary(output: Path, manifest: Record) -> ScenesSummary:

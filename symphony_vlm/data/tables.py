@@ -101,7 +101,7 @@ def _saved_files(path: Path) -> list[Path]:
 
 def _load(path: Path, files: Sequence[Path], *, saved: bool) -> Dataset:
     import datasets
-    import pyarrow
+    import pyarrow as pa
 
     try:
         if saved:
@@ -109,7 +109,7 @@ def _load(path: Path, files: Sequence[Path], *, saved: bool) -> Dataset:
         # Escaped, because datasets takes a path for a pattern: a folder named "data [v1]" would hold no files.
         patterns = [glob.escape(str(file)) for file in files]
         return datasets.load_dataset("parquet", data_files=patterns, split="train")
-    except (OSError, ValueError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
         cause = error.__cause__ or error
         raise InputError(
             f"cannot be read as {'a saved data set' if saved else 'parquet'}: {str(cause)[:300]}",

@@ -15,13 +15,14 @@ from symphony_vlm.evaluation.quantities import Quantity, difference, log_ratio, 
 from symphony_vlm.evaluation.robustness import (
     CLEAN,
     Cell,
-    CellRecords,
     ModelScores,
     Resampling,
     common_corruptions,
     corrupted_cells,
     model_robustness,
+    restrict,
     score_matrix,
+    shared_items,
 )
 from symphony_vlm.evaluation.statistics import Floats, benjamini_hochberg, holm, resampled_means, sign_flip_tests
 
@@ -51,11 +52,11 @@ def robustness_summary(models: Sequence[ModelScores], resampling: Resampling) ->
         summary = model_robustness(scores, resampling)
         baseline = baselines.setdefault(scores.task, scores)
         if baseline is scores:
-            own = {"value": 100.0, "ci_low": None, "ci_high": None, "reason": "100 by definition: it is the baseline"}
+            own = {"value": 100.0, "ci_low": None, "ci_high": None, "reason": "by definition"}
             kinds = {"mean_corruption_error": False, "relative_mean_corruption_error": True}
             for kind, relative in kinds.items():
-                names, severities = _shared_grid(scores.values, scores.values)
-                label = _error_name(names, severities, relative=relative)
+                cells = [cell for cell in corrupted_cells(scores.values) if cell[0] in COMMON]
+                label = _error_name(cells, relative=relative)
                 summary[kind] = {**own, "name": label, "baseline": scores.label}
         else:
             comparison = compare_models(baseline, scores, resampling)
@@ -86,14 +87,14 @@ def compare_models(baseline: ModelScores, other: ModelScores, resampling: Resamp
         cells with its p-value (labels of whole images swapped). P-values of cells carry Holm's and Benjamini and
         Hochberg's corrections over all cells of the task.
     """
-    shared = _share_items(baseline, other)
     cells = [CLEAN, *corrupted_cells(cell for cell in baseline.values if cell in other.values)]
     bad = cells[1:]
-    a_items, images, a_IM, a_why = score_matrix(shared[0], cells, _values(shared[0], baseline))
-    _, _, b_IM, b_why = score_matrix(shared[1], cells, _values(shared[1], other))
-    common_IM = ~np.isnan(a_IM) & ~np.isnan(b_IM)
-    a_IM, b_IM = np.where(common_IM, a_IM, np.nan), np.where(common_IM, b_IM, np.nan)
-    a, b = _paired_quantities(a_IM, b_IM, images, cells, {**a_why, **b_why}, baseline, other, resampling)
+    clean_items = shared_items([baseline, other], [CLEAN])
+    clean_sides = (restrict(baseline, clean_items), restrict(other, clean_items))
+    shared = shared_items([baseline, other], cells)
+    sides = (restrict(baseline, shared), restrict(other, shared)) if shared else (baseline, other)
+    images, a_IM, b_IM, a, b = _paired(sides, cells if shared else [], cells, resampling)
+    clean_images, clean_a, clean_b, first, second = _paired(clean_sides, [CLEAN], [CLEAN], resampling)
     headline = [cell for cell in bad if cell[0] in COMMON]
     dids = {cell: _did(a, b, cell) for cell in bad}
     p_values = _did_p_values(a_IM, b_IM, images, cells, resampling) if images else {}
@@ -110,10 +111,15 @@ def compare_models(baseline: ModelScores, other: ModelScores, resampling: Resamp
         "metric": baseline.metric,
         "baseline": baseline.label,
         "model": other.label,
-        "n_items": len(a_items),
+        "n_items": len(shared),
         "n_images": len(set(images)),
-        "n_different_pixels": _different_pixels(shared, cells),
-        "clean_difference": {**difference(a[CLEAN], b[CLEAN]).to_json(), "p": _clean_p(a_IM, b_IM, images, resampling)},
+        "n_different_pixels": _different_pixels(sides, cells),
+        "clean_difference": {
+            **difference(first[CLEAN], second[CLEAN]).to_json(),
+            "p": _clean_p(clean_a, clean_b, clean_images, resampling),
+            "n_items": len(clean_items),
+            "n_images": len(set(clean_images)),
+        },
         "corrupted_difference": difference(means[0], means[1]).to_json(),
         "primary": {
             "name": f"difference in differences of the mean over {_grid_name(headline)}",
@@ -152,20 +158,22 @@ def mean_corruption_error(a: _Side, b: _Side, *, baseline: str, relative: bool =
         ``severities``, ``by_corruption`` and the corruptions left out, with the reason, under ``undefined``.
     """
     names, severities = _shared_grid(a, b)
+    cells = [cell for cell in corrupted_cells(a) if cell in b]
     by_corruption: dict[str, Quantity] = {}
     for name in names:
-        here = [s for s in severities if (name, s) in a and (name, s) in b]
+        here = [severity for corruption, severity in cells if corruption == name]
         errors = [_summed_error(side, name, here, relative=relative) for side in (a, b)]
         floor = _SMALLEST_ERROR_RISE if relative else 0.0
         what = f"{'error rise' if relative else 'error'} of {baseline} under {name}"
         by_corruption[name] = ratio(errors[1], errors[0], name=what, floor=floor)
     defined = [quantity for quantity in by_corruption.values() if quantity.value is not None]
+    used = [(name, s) for name, s in cells if name in names and by_corruption[name].value is not None]
     reasons = {name: quantity.reason for name, quantity in by_corruption.items() if quantity.value is None}
     total = (
         mean(defined) if defined else Quantity(value=None, reason=next(iter(reasons.values()), "no common corruption"))
     )
     return {
-        "name": _error_name([n for n in names if n not in reasons], severities, relative=relative),
+        "name": _error_name(used, relative=relative),
         "baseline": baseline,
         **weighted_sum([total], [100.0]).to_json(),
         "corruptions": names,
@@ -193,13 +201,13 @@ def _shared_grid(a: Mapping[Cell, object], b: Mapping[Cell, object]) -> tuple[li
     return names, sorted({severity for name, severity in cells if name in names})
 
 
-def _error_name(names: Sequence[str], severities: Sequence[int], *, relative: bool) -> str:
+def _error_name(cells: Sequence[Cell], *, relative: bool) -> str:
     kind = "relative mCE" if relative else "mCE"
-    if len(names) == len(COMMON) and len(severities) == 5:
+    if len(cells) == len(COMMON) * 5:
         return f"{kind} (15 corruptions, severities 1 to 5)"
     long = "relative mean corruption error" if relative else "mean corruption error"
-    levels = ", ".join(str(severity) for severity in severities)
-    return f"{long} over {len(names)} of the 15 corruptions (severities {levels or 'none'})"
+    levels = ", ".join(str(severity) for severity in sorted({severity for _, severity in cells}))
+    return f"{long} over {len({name for name, _ in cells})} of the 15 corruptions (severities {levels or 'none'})"
 
 
 def _grid_name(cells: Sequence[Cell]) -> str:
@@ -214,63 +222,35 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun if number == 1 else plural}"
 
 
-def _share_items(a: ModelScores, b: ModelScores) -> tuple[dict[Cell, CellRecords], dict[Cell, CellRecords]]:
-    first: dict[Cell, CellRecords] = {}
-    second: dict[Cell, CellRecords] = {}
-    for cell, records in a.records.items():
-        if cell in b.records:
-            shared = set(records.item_ids) & set(b.records[cell].item_ids)
-            if shared:
-                first[cell], second[cell] = _only(records, shared), _only(b.records[cell], shared)
-    return first, second
+def _paired(
+    sides: Sequence[ModelScores], resampled: Sequence[Cell], cells: Sequence[Cell], resampling: Resampling
+) -> tuple[list[str], Floats, Floats, dict[Cell, Quantity], dict[Cell, Quantity]]:
+    """Images, item scores ``[I, M]`` and cell scores of both models, under the same weights.
 
-
-def _only(records: CellRecords, items: set[str]) -> CellRecords:
-    if len(items) == len(records.item_ids):
-        return records
-    keep = [row for row, item in enumerate(records.item_ids) if item in items]
-    return CellRecords(
-        item_ids=tuple(records.item_ids[row] for row in keep),
-        images=tuple(records.images[row] for row in keep),
-        scores=records.scores[keep],
-        answers=tuple(records.answers[row] for row in keep),
-        pixels=tuple(records.pixels[row] for row in keep),
-    )
-
-
-def _values(records: Mapping[Cell, CellRecords], scores: ModelScores) -> dict[Cell, float | None]:
-    """Scores to check the items against; those of a subset of the items cannot be, so they are their own mean."""
-    values = dict(scores.values)
-    for cell, part in records.items():
-        if len(part.item_ids) < len(scores.records[cell].item_ids):
-            values[cell] = None if np.isnan(part.scores).all() else float(np.nanmean(part.scores))
-    return values
-
-
-def _paired_quantities(
-    a_IM: Floats,
-    b_IM: Floats,
-    images: Sequence[str],
-    cells: Sequence[Cell],
-    reasons: Mapping[Cell, str],
-    baseline: ModelScores,
-    other: ModelScores,
-    resampling: Resampling,
-) -> tuple[dict[Cell, Quantity], dict[Cell, Quantity]]:
-    sides: tuple[dict[Cell, Quantity], dict[Cell, Quantity]] = ({}, {})
-    means = replicates = None
+    An item that lacks a score on one side counts on neither. Cells outside ``resampled`` keep their bare score.
+    """
+    _, images, a_IM, a_why = score_matrix(sides[0].records, resampled, sides[0].values)
+    _, _, b_IM, b_why = score_matrix(sides[1].records, resampled, sides[1].values)
+    if a_IM.shape != b_IM.shape:  # One side has no item scores at all.
+        images, a_IM, b_IM = [], a_IM[:0], b_IM[:0]
+    reasons = {**a_why, **b_why}
+    one_sided = np.isnan(a_IM) | np.isnan(b_IM)
+    a_IM, b_IM = np.where(one_sided, np.nan, a_IM), np.where(one_sided, np.nan, b_IM)
+    quantities: tuple[dict[Cell, Quantity], dict[Cell, Quantity]] = ({}, {})
+    means = replicates = np.zeros((0, 0))
     if images:
         both = np.concatenate([a_IM, b_IM], axis=1)
         means, replicates = resampled_means(both, images, seed=resampling.seed, n_resamples=resampling.n_resamples)
-    for side, scores, offset in zip(sides, (baseline, other), (0, len(cells)), strict=True):
+    for side, scores, offset in zip(quantities, sides, (0, len(resampled)), strict=True):
         for column, cell in enumerate(cells):
-            if means is None or replicates is None or cell in reasons or np.isnan(means[offset + column]):
+            known = images and cell in resampled and cell not in reasons
+            if known and not np.isnan(means[offset + column]):
+                side[cell] = Quantity(value=float(means[offset + column]), replicates=replicates[:, offset + column])
+            else:
                 value = scores.values.get(cell)
                 why = reasons.get(cell, "no items in common") if value is not None else "the cell has no score"
                 side[cell] = Quantity(value=value, reason=why)
-            else:
-                side[cell] = Quantity(value=float(means[offset + column]), replicates=replicates[:, offset + column])
-    return sides
+    return images, a_IM, b_IM, *quantities
 
 
 def _did(a: _Side, b: _Side, cell: Cell) -> Quantity:
@@ -288,7 +268,7 @@ def _did_p_values(
 ) -> dict[Cell, float]:
     drops_IM = _drops(a_IM, b_IM)
     p_values = sign_flip_tests(drops_IM, images, seed=resampling.seed, n_draws=resampling.n_draws)
-    usable = ~np.isnan(drops_IM).all(0)
+    usable = [bool(column.any()) for column in ~np.isnan(drops_IM).T]
     return {cell: p for cell, p, ok in zip(cells[1:], p_values, usable, strict=True) if ok}
 
 
@@ -299,7 +279,7 @@ def _primary_p(
     drops_IM = _drops(a_IM, b_IM)[:, columns]
     if np.isnan(drops_IM).all():
         return None
-    # An image counts as the mean of its items' mean losses, the same weights as in the estimate when nothing is missing.
+    # Sums over cells: the weights of the estimate, when no score is missing.
     total_I1 = np.nan_to_num(drops_IM, nan=0.0).sum(1, keepdims=True)
     return sign_flip_tests(total_I1, images, seed=resampling.seed, n_draws=resampling.n_draws)[0]
 
@@ -311,13 +291,12 @@ def _clean_p(a_IM: Floats, b_IM: Floats, images: Sequence[str], resampling: Resa
     return sign_flip_tests(difference_I1, images, seed=resampling.seed, n_draws=resampling.n_draws)[0]
 
 
-def _different_pixels(
-    sides: tuple[Mapping[Cell, CellRecords], Mapping[Cell, CellRecords]], cells: Sequence[Cell]
-) -> int:
+def _different_pixels(sides: Sequence[ModelScores], cells: Sequence[Cell]) -> int:
     """Items that were shown to the two models with different pixels: they are not paired after all."""
     count = 0
     for cell in cells:
-        if cell in sides[0]:
-            first, second = (dict(zip(side[cell].item_ids, side[cell].pixels, strict=True)) for side in sides)
-            count += sum(bool(value) and bool(second[item]) and value != second[item] for item, value in first.items())
+        if all(cell in side.records for side in sides):
+            records = [side.records[cell] for side in sides]
+            first, second = (dict(zip(part.item_ids, part.pixels, strict=True)) for part in records)
+            count += sum(bool(value) and bool(second.get(i)) and value != second[i] for i, value in first.items())
     return count

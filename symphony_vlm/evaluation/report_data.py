@@ -302,7 +302,7 @@ def _scores(models: Sequence[ModelInfo], rows: Sequence[Row], baselines: Sequenc
                     and (row["model"], row["router"] or "none") == (model.model, model.router)
                 }
                 if values:
-                    chance = (b for b in baselines if b.task == task and b.metric == metric and "constant" in b.name)
+                    chance = _best_constant(baselines, task, metric)
                     result.append(
                         ModelScores(
                             label=model.label,
@@ -312,10 +312,16 @@ def _scores(models: Sequence[ModelInfo], rows: Sequence[Row], baselines: Sequenc
                             metric=metric,
                             values=values,
                             records=_records_of(model, task, split, len(task_splits) == 1),
-                            chance=next((b.value for b in chance), None),
+                            chance=None if chance is None else chance.value,
+                            chance_name="constant answer" if chance is None else chance.name,
                         )
                     )
     return tuple(result)
+
+
+def _best_constant(baselines: Sequence[Baseline], task: str, metric: str) -> Baseline | None:
+    constant = [b for b in baselines if b.task == task and b.metric == metric and "constant" in b.name]
+    return max((b for b in constant if b.value is not None), key=lambda b: b.value or 0.0, default=None)
 
 
 def _headline_metric(rows: Sequence[Row]) -> str:

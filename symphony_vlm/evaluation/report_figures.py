@@ -70,6 +70,8 @@ _STYLE = {
     "lines.markersize": 4.5,
 }
 _MAX_POINTS = 240
+_MAX_EDGES = 60
+"""Edges drawn in a graph, heaviest first: more would be a ball of wool, and the heat map has them all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +94,7 @@ def legend(labels: Sequence[str]) -> str:
         dash = f' stroke-dasharray="{_DASHES[k]}"' if _DASHES[k] else ""
         entries.append(
             f'<span class="key"><svg viewBox="0 0 34 14" width="34" height="14" aria-hidden="true" '
-            f'style="color:var(--s{k})"><line x1="0" y1="7" x2="34" y2="7" stroke="currentColor" stroke-width="2"{dash}/>'
+            f'style="color:var(--s{k})"><path d="M0 7h34" stroke="currentColor" stroke-width="2"{dash}/>'
             f'<g fill="currentColor">{_SHAPES[k]}</g></svg>{html.escape(label)}</span>'
         )
     return f'<p class="legend">{"".join(entries)}</p>'
@@ -136,7 +138,7 @@ def line_panel(*, title: str, series: Sequence[Series], xlabel: str, ylabel: str
     return _panel(draw, title=title, alt=f"{ylabel}, {title}, first to last value. {ends}")
 
 
-def load_panel(*, title: str, loads: Sequence[tuple[str, int, Sequence[float]]]) -> str:
+def load_panel(*, title: str, loads: Sequence[tuple[str, int, Sequence[float]]], top: float) -> str:
     """Share of the tokens of each expert, one bar per model (label, style, loads) and a line at the even share."""
     n_experts = max(len(load) for _, _, load in loads)
 
@@ -146,6 +148,7 @@ def load_panel(*, title: str, loads: Sequence[tuple[str, int, Sequence[float]]])
             k = style % len(_SERIES)
             x = np.arange(len(load)) + (position - (len(loads) - 1) / 2) * width
             axes.bar(x, load, width * 0.92, color=_SERIES[k], hatch=_HATCHES[k], edgecolor=_PAPER, linewidth=0)
+        axes.set_ylim(0, max(top, 1.1 / n_experts))
         axes.axhline(1 / n_experts, color=_INK, linewidth=1, linestyle=(0, (3, 2)))
         if n_experts <= 16:
             axes.set_xticks(range(n_experts))
@@ -156,7 +159,9 @@ def load_panel(*, title: str, loads: Sequence[tuple[str, int, Sequence[float]]])
     return _panel(draw, title=title, alt=f"Expert load of {title}. {shown}")
 
 
-def coefficient_panel(*, title: str, style: int, layers: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> str:
+def coefficient_panel(
+    *, title: str, style: int, layers: Mapping[str, tuple[Sequence[float], Sequence[float]]], top: float
+) -> str:
     """Coefficient of variation of the load over steps: a thin line per layer and a thick one for their mean."""
 
     def draw(axes: Axes) -> None:
@@ -168,7 +173,7 @@ def coefficient_panel(*, title: str, style: int, layers: Mapping[str, tuple[Sequ
                 axes.annotate(f" {name}", (steps[-1], values[-1]), color=_MUTED, fontsize=8, va="center")
         mean_x, mean_y = _mean_line(list(layers.values()))
         axes.plot(mean_x, mean_y, color=color, linewidth=2.2, linestyle=_LINES[style % len(_LINES)])
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, top)
         axes.set_xlabel("step")
         axes.set_ylabel("coefficient of variation")
 
@@ -185,8 +190,8 @@ def graph_panel(*, title: str, adjacency: Sequence[Sequence[float]]) -> str:
 
     off = weights - np.diag(np.diag(weights))
     i, j = np.unravel_index(int(off.argmax()), off.shape)
-    alt = f"Expert graph of {title}: {len(weights)} experts, heaviest edge {i} from {j} with weight {_short(off[i, j])}"
-    return _panel(draw, title=title, alt=alt, size=(3.1, 3.1))
+    alt = f"Expert graph of {title}: {len(weights)} experts, heaviest edge {j} to {i} with weight {_short(off[i, j])}"
+    return _panel(draw, title=title, alt=alt, size=(3.5, 3.1), bare=True)
 
 
 def adjacency_panel(*, title: str, adjacency: Sequence[Sequence[float]]) -> str:
@@ -204,8 +209,8 @@ def adjacency_panel(*, title: str, adjacency: Sequence[Sequence[float]]) -> str:
         axes.set(aspect="equal", xlim=(0, n), ylim=(n, 0))
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
-        axes.set_xlabel("from expert")
-        axes.set_ylabel("to expert")
+        axes.set_xlabel("gives: expert")
+        axes.set_ylabel("receives: expert")
         if n <= 8:
             for row, column in np.ndindex(n, n):
                 dark = weights[row, column] < 0.55 * weights.max()
@@ -213,9 +218,9 @@ def adjacency_panel(*, title: str, adjacency: Sequence[Sequence[float]]) -> str:
                 color = "#ffffff" if dark else "#000000"
                 axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=7.5, color=color)
         bar = axes.figure.colorbar(image, ax=axes, shrink=0.75, pad=0.03)
-        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.outline.set_visible(False)
 
-    return _panel(draw, title=title, alt=f"Heat map of the {n} x {n} adjacency of {title}", size=(3.6, 3.1))
+    return _panel(draw, title=title, alt=f"Heat map of the {n} x {n} adjacency of {title}", size=(3.5, 3.1))
 
 
 def _draw_graph(axes: Axes, weights: np.ndarray) -> None:
@@ -227,10 +232,12 @@ def _draw_graph(axes: Axes, weights: np.ndarray) -> None:
     off = weights - np.diag(np.diag(weights))
     heaviest = max(float(off.max()), 1e-12)
     symmetric = np.allclose(weights, weights.T, atol=1e-4)
-    for i, j in np.ndindex(n, n):
-        share = off[i, j] / heaviest
-        if share < 0.04 or (symmetric and j > i):
-            continue
+    visible = np.tril(off) if symmetric else off
+    for flat in np.argsort(-visible, axis=None, kind="stable")[:_MAX_EDGES]:
+        i, j = divmod(int(flat), n)
+        share = visible[i, j] / heaviest
+        if share < 0.04:
+            break
         axes.add_patch(
             FancyArrowPatch(
                 (x[j], y[j]),
@@ -264,16 +271,19 @@ def _line(axes: Axes, one: Series, *, every: int = 1) -> None:
     )
 
 
-def _panel(draw: Any, *, title: str, alt: str, size: tuple[float, float] = (3.5, 2.5)) -> str:
-    """Draws one pair of axes and returns a ``<figure>``."""
-    import matplotlib
+def _panel(draw: Any, *, title: str, alt: str, size: tuple[float, float] = (3.5, 2.5), bare: bool = False) -> str:
+    """Draws one pair of axes and returns a ``<figure>``; ``bare`` ones have no ticks or labels."""
+    import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(_STYLE):
-        figure: Figure = Figure(figsize=size, layout="constrained")
+    with mpl.rc_context(_STYLE):
+        figure: Figure = Figure(figsize=size)
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
+        # Fixed margins: matplotlib's layout engines draw every figure twice.
+        left, bottom = (0.02, 0.01) if bare else (0.185, 0.19)
+        figure.subplots_adjust(left=left, right=0.98, bottom=bottom, top=0.9)
         axes.set_title(title)
         axes.grid(axis="y")
         axes.set_axisbelow(True)

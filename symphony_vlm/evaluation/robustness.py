@@ -8,8 +8,8 @@ over cells; the extra corruptions appear in the tables of cells only.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -27,8 +27,10 @@ __all__ = [
     "common_corruptions",
     "corrupted_cells",
     "model_robustness",
+    "restrict",
     "score_matrix",
     "severity_auc",
+    "shared_items",
 ]
 
 Cell = tuple[str, int]
@@ -76,7 +78,8 @@ class ModelScores:
     """Scores as results.json gives them."""
     records: Mapping[Cell, CellRecords] = field(default_factory=dict)
     chance: float | None = None
-    """Accuracy of the best constant answer, if it was measured."""
+    """Score of the best constant answer, if it was measured."""
+    chance_name: str = "constant answer"
 
 
 def corrupted_cells(cells: Iterable[Cell]) -> list[Cell]:
@@ -102,23 +105,23 @@ def score_matrix(
         Item ids and their images (I each, sorted by id), scores ``[I, M]`` (NaN: no score), and, for each cell whose
         item scores do not give the score in results.json, the reason why it cannot be resampled.
     """
+    usable: dict[Cell, Floats] = {}
+    unusable: dict[Cell, str] = {}
     images: dict[str, str] = {}
     for cell in cells:
-        if cell in records:
+        found = None if cell not in records else _consistent(records[cell].scores, values.get(cell))
+        if found is not None:
+            usable[cell] = found
             images.update(zip(records[cell].item_ids, records[cell].images, strict=True))
-    row_of = {item: row for row, item in enumerate(sorted(images))}
-    scores_IM = np.full((len(row_of), len(cells)), np.nan)
-    unusable: dict[Cell, str] = {}
-    for column, cell in enumerate(cells):
-        if cell not in records:
-            unusable[cell] = "no predictions file for this cell"
-            continue
-        rows = [row_of[item] for item in records[cell].item_ids]
-        usable = _consistent(records[cell].scores, values.get(cell))
-        if usable is None:
+        elif cell in records:
             unusable[cell] = "the score in results.json is not the mean of the item scores"
         else:
-            scores_IM[rows, column] = usable
+            unusable[cell] = "no predictions file for this cell"
+    row_of = {item: row for row, item in enumerate(sorted(images))}
+    scores_IM = np.full((len(row_of), len(cells)), np.nan)
+    for column, cell in enumerate(cells):
+        if cell in usable:
+            scores_IM[[row_of[item] for item in records[cell].item_ids], column] = usable[cell]
     return list(row_of), [images[item] for item in row_of], scores_IM, unusable
 
 
@@ -129,6 +132,46 @@ def _consistent(scores: Floats, value: float | None) -> Floats | None:
         if abs(float(np.nanmean(candidate)) - value) <= _AGREEMENT:
             return candidate
     return None
+
+
+def shared_items(models: Sequence[ModelScores], cells: Collection[Cell]) -> set[str]:
+    """Items that every model was asked in each of the cells; cells without usable item scores do not count.
+
+    Empty if one of the models has no usable cell.
+    """
+    asked: list[set[str]] = []
+    for scores in models:
+        usable = [
+            set(scores.records[cell].item_ids)
+            for cell in cells
+            if cell in scores.records and _consistent(scores.records[cell].scores, scores.values.get(cell)) is not None
+        ]
+        asked.extend(usable or [set()])
+    return set.intersection(*asked)
+
+
+def restrict(scores: ModelScores, items: set[str]) -> ModelScores:
+    """The same model on fewer items, its scores recomputed.
+
+    Corrupted cells often hold a part of the clean items; a ratio or difference needs the same items on both sides.
+    Cells without usable item scores keep the score they have.
+    """
+    values, kept = dict(scores.values), dict(scores.records)
+    for cell, records in scores.records.items():
+        usable = _consistent(records.scores, scores.values.get(cell))
+        rows = [row for row, item in enumerate(records.item_ids) if item in items]
+        if usable is None or len(rows) == len(records.item_ids):
+            continue
+        kept[cell] = CellRecords(
+            item_ids=tuple(records.item_ids[row] for row in rows),
+            images=tuple(records.images[row] for row in rows),
+            scores=usable[rows],
+            answers=tuple(records.answers[row] for row in rows),
+            pixels=tuple(records.pixels[row] for row in rows),
+        )
+        scored = usable[rows][~np.isnan(usable[rows])]
+        values[cell] = float(scored.mean()) if len(scored) else None
+    return replace(scores, values=values, records=kept)
 
 
 def cell_quantities(scores: ModelScores, resampling: Resampling) -> dict[Cell, Quantity]:
@@ -177,10 +220,14 @@ def model_robustness(scores: ModelScores, resampling: Resampling) -> dict[str, o
         resampling: Seed and numbers of draws.
 
     Returns:
-        JSON: ``clean``, ``mean_corrupted``, ``drop``, ``retention``, ``relative_drop``, ``retention_above_chance``,
-        ``severity_auc``, ``families``, ``flips``, ``cells``, and which corruptions and severities they cover. A number
-        is ``{"value", "ci_low", "ci_high"}`` with a ``"reason"`` where one of them is null.
+        JSON: ``clean`` (over the items that the corrupted cells hold too), ``mean_corrupted``, ``drop``,
+        ``retention``, ``relative_drop``, ``retention_above_chance``, ``severity_auc``, ``families``, ``flips``,
+        ``cells``, and which corruptions and severities they cover. A number is ``{"value", "ci_low", "ci_high"}`` with
+        a ``"reason"`` where one of them is null.
     """
+    asked = len(scores.records[CLEAN].item_ids) if CLEAN in scores.records else None
+    shared = shared_items([scores], scores.values)
+    scores = restrict(scores, shared)
     quantities = cell_quantities(scores, resampling)
     cells = corrupted_cells(quantities)
     headline = common_corruptions(cells)
@@ -197,6 +244,8 @@ def model_robustness(scores: ModelScores, resampling: Resampling) -> dict[str, o
         "router": scores.router,
         "task": scores.task,
         "metric": scores.metric,
+        "n_items": len(shared) or None,
+        "n_clean_items": asked,
         "corruptions": headline,
         "extra_corruptions": [name for name in curves if name not in headline],
         "severities": sorted({severity for _, severity in cells}),
@@ -206,7 +255,7 @@ def model_robustness(scores: ModelScores, resampling: Resampling) -> dict[str, o
         "drop": difference(corrupted, clean).to_json(),
         "retention": retention.to_json(),
         "relative_drop": _one_minus(retention).to_json(),
-        "retention_above_chance": _above_chance(corrupted, clean, scores.chance),
+        "retention_above_chance": _above_chance(corrupted, clean, scores),
         "severity_auc": {
             "mean": mean([areas[name] for name in headline]).to_json(),
             "mean_over_clean": ratio(mean([areas[name] for name in headline]), clean, name="clean score").to_json(),
@@ -233,16 +282,17 @@ def _one_minus(part: Quantity) -> Quantity:
     return Quantity(value=1 - part.value, replicates=1 - part.replicates)
 
 
-def _above_chance(corrupted: Quantity, clean: Quantity, chance: float | None) -> dict[str, object]:
+def _above_chance(corrupted: Quantity, clean: Quantity, scores: ModelScores) -> dict[str, object]:
+    chance = scores.chance
     if chance is None:
-        return Quantity(value=None, reason="the best constant answer was not measured").to_json()
+        return Quantity(value=None, reason="no constant answer was measured").to_json()
     base = Quantity(
         value=chance, replicates=None if clean.replicates is None else np.full_like(clean.replicates, chance)
     )
     if clean.value is not None and clean.value <= chance:
-        return Quantity(value=None, reason="the clean score is not above the constant answer").to_json()
+        return Quantity(value=None, reason=f"the clean score is not above the {scores.chance_name}").to_json()
     above = ratio(difference(base, corrupted), difference(base, clean), name="clean score above the constant answer")
-    return {**above.to_json(), "chance": chance}
+    return {**above.to_json(), "chance": chance, "chance_name": scores.chance_name}
 
 
 def _families(quantities: Mapping[Cell, Quantity], cells: Sequence[Cell]) -> dict[str, object]:

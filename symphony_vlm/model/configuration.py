@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import AutoConfig
@@ -30,7 +30,7 @@ class SymphonyVLMConfig(PreTrainedConfig):
     """
 
     model_type = "symphony_vlm"
-    sub_configs = {"text_config": AutoConfig}
+    sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig}
 
     def __init__(
         self,
@@ -60,6 +60,13 @@ class SymphonyVLMConfig(PreTrainedConfig):
             for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
                 kwargs.setdefault(name, getattr(text_config, name, None))
         super().__init__(**kwargs)
+
+    @property
+    def hidden_size(self) -> int:
+        """The language model's hidden size."""
+        assert isinstance(self.text_config, PreTrainedConfig)
+        size: int = self.text_config.hidden_size
+        return size
 
     @property
     def moe_config(self) -> MoEConfig | None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
 from symphony_vlm.data.conversation import EncodedConversation, encode_conversation, get_template
+from symphony_vlm.data.images import ImageLike, open_image
 from symphony_vlm.data.sample import Message
 from symphony_vlm.data.tokenizer import IMAGE_TOKEN
 from symphony_vlm.errors import InputError
@@ -52,28 +53,37 @@ class SymphonyVLMProcessor(ProcessorMixin):
 
     def __call__(
         self,
-        images: Image.Image | Sequence[Image.Image] | None = None,
+        images: ImageLike | Sequence[ImageLike | Sequence[ImageLike]] | None = None,
         text: str | Sequence[str] | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
         """Text with ``<image>`` marks and their images, as in other processors of transformers.
 
+        Args:
+            images: one, a list, or a list per text; Pillow images or files.
+            text: one or several texts with a mark in the place of each image.
+            kwargs: for the tokenizer.
+
         Raises:
             InputError: marks and images differ in number.
         """
         texts = [text] if isinstance(text, str) else list(text or [])
-        flat = [images] if isinstance(images, Image.Image) else list(images or [])
+        flat = _flatten(images)
         marks = sum(item.count(IMAGE_TOKEN) for item in texts)
         if marks != len(flat):
             raise InputError(f"{marks} {IMAGE_TOKEN} marks in the text but {len(flat)} images", where="processor")
-        texts = [item.replace(IMAGE_TOKEN, IMAGE_TOKEN * self.num_image_tokens) for item in texts]
-        kwargs.setdefault("return_tensors", "pt")
-        kwargs.setdefault("padding", len(texts) > 1)
+        # `apply_chat_template` passes these two for other modalities, and asks for the third with an assistant mask.
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("videos", "audio")}
+        wants_replacements = kwargs.pop("return_text_replacement_offsets", False)
+        options = {"return_tensors": "pt", "padding": len(texts) > 1, "add_special_tokens": False} | kwargs
         # Generation continues at the end of every row, so the padding stands on the left.
-        inputs = dict(self.tokenizer(texts, padding_side="left", add_special_tokens=False, **kwargs))
+        expanded = [item.replace(IMAGE_TOKEN, IMAGE_TOKEN * self.num_image_tokens) for item in texts]
+        inputs = dict(self.tokenizer(expanded, **({"padding_side": "left"} | options)))
         inputs.pop("token_type_ids", None)
+        if wants_replacements:
+            inputs["text_replacement_offsets"] = [_replacements(item, self.num_image_tokens) for item in texts]
         if flat:
-            inputs["pixel_values"] = self.image_processor(flat)["pixel_values"]
+            inputs["pixel_values"] = self.image_processor([open_image(image) for image in flat])["pixel_values"]
         return BatchFeature(inputs)
 
     def encode(self, messages: Sequence[Message], *, template: str | None = None, **kwargs: Any) -> EncodedConversation:
@@ -101,6 +111,26 @@ class SymphonyVLMProcessor(ProcessorMixin):
         texts: list[str] = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         end = get_template(self.template).answer_end
         return [text.split(end)[0].strip() if end.strip() else text.split("\n")[0].strip() for text in texts]
+
+
+def _flatten(images: Any) -> list[ImageLike]:
+    """One image, a list of them or a list of lists, as `apply_chat_template` gives them, in reading order."""
+    if images is None:
+        return []
+    if not isinstance(images, (list, tuple)):
+        return [images]
+    return [image for item in images for image in _flatten(item)]
+
+
+def _replacements(text: str, num_image_tokens: int) -> list[dict[str, tuple[int, int]]]:
+    """Where each mark stood in the text and what it became, in characters."""
+    spans = []
+    for number, match in enumerate(re.finditer(re.escape(IMAGE_TOKEN), text)):
+        start, end = match.span()
+        shift = number * (num_image_tokens - 1) * len(IMAGE_TOKEN)
+        new_start = start + shift
+        spans.append({"span": (start, end), "new_span": (new_start, new_start + num_image_tokens * len(IMAGE_TOKEN))})
+    return spans
 
 
 register("processor")

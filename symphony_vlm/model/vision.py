@@ -52,7 +52,8 @@ class VisionConfig:
         for key in values:
             if key not in known:
                 raise InputError(f"unknown setting {key!r}{nearest(key, known)}", where="vision_config")
-        return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+        arguments: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+        return cls(**arguments)
 
 
 class VisionTower(nn.Module):
@@ -96,32 +97,61 @@ class OpenClipTower(VisionTower):
         self.visual = _build_vision_tower(
             arch["embed_dim"], CLIPVisionCfg(**arch["vision_cfg"]), arch.get("quick_gelu", False)
         )
-        self._drop_what_is_not_used()
-        self._measure()
+        try:
+            self._index = self._drop_what_is_not_used()
+            self._measure()
+        except AssertionError as error:
+            raise _no_such_layer(config) from error
 
     def forward(self, pixels_N3HW: Tensor) -> Tensor:
-        layer = self.config.feature_layer
         out = self.visual.forward_intermediates(
             pixels_N3HW,
-            # Hidden layer 0 is the embedding, so hidden layer k is the output of block k - 1; negatives agree.
-            indices=[layer if layer < 0 else layer - 1] if not self._pruned else [-1],
+            indices=[self._index],
             stop_early=True,
             intermediates_only=True,
             output_extra_tokens=self.config.feature_select == "cls_patch",
         )
         features = out["image_intermediates"][0].flatten(2).transpose(1, 2)
-        if self.config.feature_select == "cls_patch":
+        if self.config.feature_select == "cls_patch" and "image_intermediates_prefix" in out:
             features = torch.cat([out["image_intermediates_prefix"][0], features], dim=1)
         return features
 
-    def _drop_what_is_not_used(self) -> None:
-        """Blocks after the feature layer, the final norm and the head: they would be trained without a gradient."""
-        self._pruned = hasattr(self.visual, "transformer")
-        if self._pruned:
-            layer = self.config.feature_layer
-            self.visual.prune_intermediate_layers([layer if layer < 0 else layer - 1], prune_norm=True)
-            if getattr(self.visual, "attn_pool", None) is not None:
-                self.visual.attn_pool = None
+    def _drop_what_is_not_used(self) -> int:
+        """Drops what would be trained without a gradient: later blocks, final norm, head. Returns the block's index."""
+        layer = self.config.feature_layer
+        if layer == 0:
+            raise _no_such_layer(self.config)
+        # Hidden layer 0 is the embedding, so hidden layer k is the output of block k - 1; negatives agree.
+        indices = [layer if layer < 0 else layer - 1]
+        visual = self.visual
+        if hasattr(visual, "trunk"):
+            visual.head = nn.Identity()
+            taken = visual.trunk.prune_intermediate_layers(indices, prune_norm=True, prune_head=True)
+        elif hasattr(visual, "transformer"):
+            taken = visual.prune_intermediate_layers(indices, prune_norm=True)
+            visual.attn_pool = None
+        else:
+            taken = _prune_resnet(visual, indices)
+        return int(taken[-1])
+
+
+def _prune_resnet(visual: nn.Module, indices: list[int]) -> list[int]:
+    """The same for open_clip's ModifiedResNet, which has no method for it; its blocks are the stem and four layers."""
+    from open_clip.utils import feature_take_indices
+
+    taken, last = feature_take_indices(5, indices)
+    visual.attnpool = nn.Identity()
+    for number in range(last + 1, 5):
+        setattr(visual, f"layer{number}", nn.Identity())
+    return list(taken)
+
+
+def _no_such_layer(config: VisionConfig) -> InputError:
+    return InputError(
+        f"{config.feature_layer} is no hidden layer of this tower",
+        where="vision.feature_layer",
+        remedy="Use -1 for the output of the last block, -2 for the one before, and so on.",
+    )
 
 
 class HuggingFaceTower(VisionTower):
@@ -134,6 +164,8 @@ class HuggingFaceTower(VisionTower):
         vision_config = AutoConfig.for_model(**config.architecture)
         # Layers above the feature layer are never built; its output is then the last hidden state.
         total = vision_config.num_hidden_layers
+        if not 1 <= abs(config.feature_layer) <= total:
+            raise _no_such_layer(config)
         vision_config.num_hidden_layers = config.feature_layer % (total + 1)
         if hasattr(vision_config, "vision_use_head"):
             vision_config.vision_use_head = False
@@ -146,7 +178,7 @@ class HuggingFaceTower(VisionTower):
 
     def forward(self, pixels_N3HW: Tensor) -> Tensor:
         hidden_NPC = self.model(pixels_N3HW, output_hidden_states=True).hidden_states[-1]
-        has_class_token = hidden_NPC.shape[1] % 2 == 1 and hidden_NPC.shape[1] == self._num_patches() + 1
+        has_class_token = hidden_NPC.shape[1] == self._num_patches() + 1
         return hidden_NPC[:, 1:] if has_class_token and self.config.feature_select == "patch" else hidden_NPC
 
     def _num_patches(self) -> int:

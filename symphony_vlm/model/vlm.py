@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -67,14 +67,13 @@ class SymphonyVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
     _supports_flash_attn = True
     _supports_attention_backend = True
     # Loading in bfloat16 must leave routers and graphs in fp32.
-    _keep_in_fp32_modules_strict = ["router"]
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["router"]
 
     def __init__(self, config: SymphonyVLMConfig) -> None:
         super().__init__(config)
         self.vision_tower = build_vision_tower(VisionConfig.from_dict(config.vision_config or {}))
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
-        hidden_size = config.text_config.hidden_size
-        self.projector = build_projector(config.projector, self.vision_tower.hidden_size, hidden_size)
+        self.projector = build_projector(config.projector, self.vision_tower.hidden_size, config.hidden_size)
         self.processor: SymphonyVLMProcessor | None = None
         """Set by `symphony_vlm.load`; needed by `chat`."""
         self.routing: RoutingRecorder | None = None
@@ -114,6 +113,8 @@ class SymphonyVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if image_features is None and pixel_values is not None:
             image_features = self.get_image_features(pixel_values)
         if inputs_embeds is None:
+            if input_ids is None:
+                raise ValueError("give input_ids or inputs_embeds")
             text_BSD = self.get_input_embeddings()(input_ids)
             inputs_embeds = merge_image_features(text_BSD, image_features, input_ids, self.config.image_token_id)
         if position_ids is None and attention_mask is not None and past_key_values is None:
@@ -172,7 +173,7 @@ class SymphonyVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         if self.processor is None:
             raise InputError("no processor", where="chat", remedy="Open the model with symphony_vlm.load(folder).")
-        listed = [] if images is None else list(images) if isinstance(images, (list, tuple)) else [images]
+        listed: list[Any] = [] if images is None else list(images) if isinstance(images, (list, tuple)) else [images]
         parts = [ImagePart(index=i) for i in range(len(listed))]
         text = TextPart(text=f"\n{question}" if listed else question)
         inputs = self.processor.encode_prompts([[Message(role="user", parts=(*parts, text))]])
@@ -191,6 +192,13 @@ class SymphonyVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.routing = upcycle_(self.language_model, moe, seed=seed)
         self.config.moe = moe.to_dict()
 
+    def train(self, mode: bool = True) -> SymphonyVLMForConditionalGeneration:
+        """Training mode, but not for a frozen tower or projector: its batch norms and dropout must not act."""
+        super().train(mode)
+        for part in (self.vision_tower, self.projector):
+            part.train(mode and any(parameter.requires_grad for parameter in part.parameters()))
+        return self
+
     def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Images enter with the prompt; with a cache, later steps have only new text tokens."""
         images = {name: kwargs.pop(name, None) for name in ("pixel_values", "image_features")}
@@ -199,6 +207,28 @@ class SymphonyVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if cache is None or cache.get_seq_length() == 0:
             inputs |= images
         return inputs
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Repeats sequences for beams and samples; a sequence's images are repeated together, in their order."""
+        images = {name: kwargs.pop(name, None) for name in ("pixel_values", "image_features")}
+        if expand_size > 1 and input_ids is not None:
+            placeholders = (input_ids == self.config.image_token_id).sum(1)
+            per_row = (placeholders // max(1, self.config.num_image_tokens)).tolist()
+            for name, value in images.items():
+                if value is not None:
+                    rows = [row for row in value.split(per_row) for _ in range(expand_size)]
+                    images[name] = torch.cat(rows)
+        input_ids, kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
+        )
+        assert input_ids is not None
+        return input_ids, kwargs | images
 
     def get_input_embeddings(self) -> nn.Module:
         """The language model's token embedding."""

@@ -104,8 +104,9 @@ class MoEConfig:
         for name in ("jitter_noise", "expert_init_noise", "balance_loss_weight", "z_loss_weight"):
             _require(getattr(self, name) >= 0.0, name, getattr(self, name), "0 or more")
         if isinstance(self.layers, tuple):
-            good = all(isinstance(i, int) and i >= 0 for i in self.layers) and len(set(self.layers)) == len(self.layers)
-            _require(good, "layers", self.layers, "distinct layer indices counted from 0")
+            distinct = 0 < len(set(self.layers)) == len(self.layers)
+            good = distinct and all(isinstance(i, int) and i >= 0 for i in self.layers)
+            _require(good, "layers", self.layers, "one or more distinct layer indices counted from 0")
         if self.expert_graph == "symphony" and self.num_experts_per_tok == 1 and self.counts == "hard":
             raise InputError(
                 "with num_experts_per_tok=1 no two experts are ever selected together, so hard co-selection counts "
@@ -136,7 +137,8 @@ class MoEConfig:
         for key in values:
             if key not in known:
                 raise InputError(f"unknown setting {key!r}{nearest(key, known)}", where="moe")
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**arguments)
 
 
 def _require(good: bool, name: str, value: object, requirement: str) -> None:

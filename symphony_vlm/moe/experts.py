@@ -37,7 +37,7 @@ class Experts(nn.Module):
             weights_TK: fp32 combination weights.
             indices_TK: which experts.
         """
-        num_tokens, k = indices_TK.shape
+        k = indices_TK.shape[1]
         # Sorting the N routed tokens by expert makes each expert's input one contiguous block. A stable order keeps
         # the sums, and so the rounding, reproducible.
         order_N = torch.argsort(indices_TK.flatten(), stable=True)

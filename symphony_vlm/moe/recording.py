@@ -87,13 +87,13 @@ class RoutingRecorder:
     def _close(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         for layer in self._layers:
             layer.routed = None
-        if len(self.outputs) < len(self._layers):
+        if output is None:
             return  # the forward pass raised; the hook runs all the same and must not hide the error
         if module.training:
             self._check_gradient()
             self._count()
         if getattr(output, "loss", None) is not None:
-            output.loss = output.loss + self.weighted_loss(self.losses())
+            output.loss = output.loss + self.weighted_loss(self.losses()) * _share_of_step(kwargs)
 
     def _count(self) -> None:
         for layer in self._layers:
@@ -115,7 +115,7 @@ class RoutingRecorder:
 
 def _token_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """Which of the tokens entering the model are real, flat bool ``[B * S]``, or None if that is not known."""
-    mask = kwargs.get("attention_mask")
+    mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
     tokens = kwargs.get("inputs_embeds")
     if tokens is None:
         tokens = kwargs.get("input_ids", args[0] if args else None)
@@ -123,3 +123,12 @@ def _token_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         return None
     # With a KV cache the mask covers the past too; the tokens of this pass are the last ones.
     return mask[:, -tokens.shape[1] :].reshape(-1).bool()
+
+
+def _share_of_step(kwargs: dict[str, Any]) -> Tensor | float:
+    """This micro-batch's share of the optimizer step, by which the model's own cross entropy is weighted too."""
+    labels, num_items = kwargs.get("labels"), kwargs.get("num_items_in_batch")
+    if labels is None or num_items is None:
+        return 1.0
+    share: Tensor = (labels[:, 1:] != -100).sum() / num_items
+    return share

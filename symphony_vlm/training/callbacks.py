@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from symphony_vlm.files import write_text
 from symphony_vlm.moe.expert_graph import update_expert_graphs
 from symphony_vlm.moe.recording import RoutingRecorder
 from symphony_vlm.moe.statistics import graph_statistics
@@ -58,19 +59,8 @@ class JsonLog(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if not state.is_world_process_zero or not self._path.is_file():
-            return
-        kept = [
-            line for line in self._path.read_text().splitlines(keepends=True) if self._keep(line, state.global_step)
-        ]
-        self._path.write_text("".join(kept))
-
-    def _keep(self, line: str, step: int) -> bool:
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            return False  # torn by a kill; its step is repeated
-        return bool(entry["stage"] != self._stage or entry["step"] <= step)
+        if state.is_world_process_zero:
+            _cut(self._path, lambda entry: entry["stage"] != self._stage or entry["step"] <= state.global_step)
 
     def on_log(
         self,
@@ -87,6 +77,21 @@ class JsonLog(TrainerCallback):
                 file.write(json.dumps(entry) + "\n")
 
 
+def _cut(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Leaves out the lines of steps that will be repeated, and a last line that a kill has torn."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if line.endswith("\n") and keep(entry):
+            kept.append(line)
+    write_text(path, "".join(kept))
+
+
 class RoutingLog(TrainerCallback):
     """Load and graph statistics, a number of times over the stage, as JSON lines."""
 
@@ -100,8 +105,7 @@ class RoutingLog(TrainerCallback):
     ) -> None:
         self._recorder.statistics.read()
         if state.is_world_process_zero:
-            kept = self._path.read_text().splitlines(keepends=True) if self._path.is_file() else []
-            self._path.write_text("".join(line for line in kept if json.loads(line)["step"] <= state.global_step))
+            _cut(self._path, lambda entry: entry["step"] <= state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         every = max(1, state.max_steps // self._points)

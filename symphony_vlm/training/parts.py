@@ -120,7 +120,7 @@ def assemble(
         vlm = SymphonyVLMForConditionalGeneration(config)
     vlm.vision_tower = tower
     vlm.language_model = language_model
-    vlm.projector = build_projector(model.projector, tower.hidden_size, config.text_config.hidden_size)
+    vlm.projector = build_projector(model.projector, tower.hidden_size, config.hidden_size)
     vlm.generation_config.eos_token_id = tokenizer.eos_token_id
     vlm.generation_config.pad_token_id = tokenizer.pad_token_id
     vlm.processor = processor

@@ -12,7 +12,7 @@ from typing import Any
 
 __all__ = ["provenance"]
 
-PACKAGES = [
+PACKAGES = (
     "symphony-vlm",
     "torch",
     "torchvision",
@@ -29,7 +29,7 @@ PACKAGES = [
     "tokenizers",
     "safetensors",
     "gradio",
-]
+)
 
 
 def provenance(**facts: Any) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,6 +116,6 @@ def _link_model(output: Path, last_stage: str) -> None:
     if link.is_symlink() or link.exists():
         return
     try:
-        os.symlink(Path(last_stage) / "model", link, target_is_directory=True)
+        link.symlink_to(Path(last_stage) / "model", target_is_directory=True)
     except OSError:  # file systems without links
         shutil.copytree(output / last_stage / "model", link)

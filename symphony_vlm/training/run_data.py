@@ -6,9 +6,9 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from symphony_vlm.config.recipe import DataConfig, Recipe
+from symphony_vlm.config.recipe import DataConfig, Recipe, StageConfig
 from symphony_vlm.data.datasets import SampleSource, open_samples
 from symphony_vlm.data.images import image_bytes
 from symphony_vlm.data.preflight import check_samples
@@ -31,6 +31,13 @@ class SampleList(Sequence[Sample]):
     def __init__(self, parts: Sequence[tuple[SampleSource, Sequence[int]]]) -> None:
         self._where = [(source, index) for source, indices in parts for index in indices]
 
+    @classmethod
+    def join(cls, lists: Sequence[SampleList]) -> SampleList:
+        """All samples of several lists, one after the other."""
+        joined = cls([])
+        joined._where = [place for part in lists for place in part._where]
+        return joined
+
     def __len__(self) -> int:
         return len(self._where)
 
@@ -52,19 +59,11 @@ class RunData:
     counts: dict[str, dict[str, int]]
     """By data file: records, images, faults, training and validation records."""
 
-    def get(self, role: Literal["train", "captions"], stage: str) -> tuple[SampleList, SampleList]:
-        """(training, validation) samples for a stage.
-
-        Raises:
-            InputError: the recipe names no such data.
-        """
-        if role not in self.train:
-            raise InputError(
-                f"stage {stage!r} trains on data.{role}, which is not set",
-                where=f"data.{role}",
-                remedy=f"Add data.{role}=FILE (LLaVA JSON, JSONL or parquet).",
-            )
-        return self.train[role], self.validation[role]
+    def get(self, stage: StageConfig) -> tuple[SampleList, SampleList]:
+        """(training, validation) samples for a stage."""
+        train = [self.train[role] for role in stage.roles]
+        validation = [self.validation[role] for role in stage.roles]
+        return SampleList.join(train), SampleList.join(validation)
 
 
 def open_run_data(recipe: Recipe, output: Path, report: Report) -> RunData:
@@ -74,9 +73,20 @@ def open_run_data(recipe: Recipe, output: Path, report: Report) -> RunData:
         recipe: its `data` and the stages' roles.
         output: the run's folder; scenes and ``validation.jsonl`` are written there.
         report: gets one line per file.
+
+    Raises:
+        InputError: a stage's data is not set, or a file or record cannot be used.
     """
     files = _files(recipe, output, report)
-    used = {"train" if stage.kind == "text" else stage.data for stage in recipe.stages}
+    for stage in recipe.stages:
+        for role in stage.roles:
+            if role not in files:
+                raise InputError(
+                    f"stage {stage.name!r} trains on data.{role}, which is not set",
+                    where=f"data.{role}",
+                    remedy=f"Add data.{role}=FILE (LLaVA JSON, JSONL or parquet).",
+                )
+    used = {role for stage in recipe.stages for role in stage.roles}
     train: dict[str, SampleList] = {}
     validation: dict[str, SampleList] = {}
     fingerprints: dict[str, str] = {}

@@ -32,16 +32,19 @@ class RunState:
         resolved = yaml.safe_dump(values, sort_keys=False)
         digest = hashlib.sha256(resolved.encode()).hexdigest()
         self.values: dict[str, Any] = {"recipe": recipe.name, "recipe_sha256": digest, "stages": {}}
-        if self._path.is_file():
-            self._continue(folder, values, digest)
-        else:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_text(self._recipe_path, resolved)
-            self._write()
+        if self._path.is_file() and self._continue(folder, values, digest):
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(self._recipe_path, resolved)
+        self._write()
 
-    def _continue(self, folder: Path, values: dict[str, Any], digest: str) -> None:
+    def _continue(self, folder: Path, values: dict[str, Any], digest: str) -> bool:
+        """Takes over the state found; False if no stage had begun, e.g. because of a wrong path in the recipe."""
         found = json.loads(self._path.read_text())
         if found["recipe_sha256"] != digest:
+            if not found["stages"]:
+                shutil.rmtree(folder / "tokenizer", ignore_errors=True)
+                return False
             old = yaml.safe_load(self._recipe_path.read_text())
             changes = ", ".join(_differences(old, values)[:3])
             raise InputError(
@@ -50,6 +53,7 @@ class RunState:
                 remedy="Give another --output, or the same settings to continue.",
             )
         self.values = found
+        return True
 
     def is_done(self, stage: str) -> bool:
         """Whether the stage has finished and its model is saved."""

@@ -74,7 +74,7 @@ def run_stage(stage: StageConfig, context: RunContext) -> None:
 
 
 def _run_contrastive(stage: StageConfig, context: RunContext) -> None:
-    train, validation = context.data.get(stage.data, stage.name)
+    train, validation = context.data.get(stage)
     architecture = context.recipe.model.vision.architecture
     if architecture is None:
         raise InputError(
@@ -101,7 +101,7 @@ def _run_contrastive(stage: StageConfig, context: RunContext) -> None:
 
 
 def _run_text(stage: StageConfig, context: RunContext) -> None:
-    train, validation = context.data.get(stage.data, stage.name)
+    train, validation = context.data.get(stage)
     template = stage.template or context.recipe.model.template
     blocks = partial(TextBlocks, tokenizer=context.tokenizer, template=template, block_size=stage.max_length)
     model = new_language_model(context.recipe.model, context.tokenizer, None)
@@ -118,7 +118,7 @@ def _run_text(stage: StageConfig, context: RunContext) -> None:
 
 
 def _run_multimodal(stage: StageConfig, context: RunContext) -> None:
-    train, validation = context.data.get(stage.data, stage.name)
+    train, validation = context.data.get(stage)
     model = _starting_model(stage, context)
     processor = model.processor
     assert processor is not None

@@ -63,6 +63,7 @@ class StageTrainer(Trainer):
     """
 
     def __init__(self, *args: Any, rates: Mapping[str, float], **kwargs: Any) -> None:
+        self.optimizer: torch.optim.Optimizer | None = None
         super().__init__(*args, **kwargs)
         self._rates = rates
         self._part_sums: dict[str, Tensor] = {}

@@ -1,0 +1,40 @@
+# Everything a newcomer needs: `make quickstart` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: quickstart install test test-slow test-browser lint clean
+
+quickstart: $(VENV)/.installed
+	$(BIN)/symphony-vlm quickstart --output runs/quickstart
+
+install: $(VENV)/.installed-test
+
+test: $(VENV)/.installed-test lint
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow and not browser"
+
+test-slow: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m slow
+
+test-browser: $(VENV)/.installed-test
+	$(BIN)/pytest -m browser
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; ok = (3, 10) <= sys.version_info < (3, 13); sys.exit(0 if ok else "Python 3.10, 3.11 or 3.12 is needed, this is %s; run make PYTHON=python3.11 ..." % sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install -e . -c constraints.txt
+	touch $@
+
+$(VENV)/.installed-test: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install -e '.[test]' -c constraints.txt
+	touch $@ $(VENV)/.installed

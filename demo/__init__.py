@@ -1,0 +1,1 @@
+"""The chat page as a Hugging Face Space."""

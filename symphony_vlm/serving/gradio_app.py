@@ -1,0 +1,460 @@
+"""The chat page: upload a picture, ask, read the answer as it is written.
+
+Everything here treats the browser as a stranger: what was said lives on the server, one `_Visitor` for each open page;
+the browser sends a question, its uploads and two numbers, and every picture is decoded and drawn anew before it is
+shown. gradio is imported inside the functions, so that importing this module costs nothing.
+"""
+
+from __future__ import annotations
+
+import html
+import logging
+import os
+import socket
+import tempfile
+import threading
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from symphony_vlm.data.images import load_image
+from symphony_vlm.data.sample import ImageRef
+from symphony_vlm.errors import InputError
+
+if TYPE_CHECKING:
+    import gradio as gr
+    from PIL import Image
+
+    from symphony_vlm.model.vlm import SymphonyVLMForConditionalGeneration
+    from symphony_vlm.serving.chat import ChatSession
+
+__all__ = ["MAX_UPLOAD_BYTES", "MAX_UPLOAD_PIXELS", "build_app", "launch"]
+
+MAX_UPLOAD_BYTES = 10 * 2**20
+MAX_UPLOAD_PIXELS = 50_000_000
+"""More than telephones take; decoded, about 150 MB."""
+
+MAX_NEW_TOKENS = 512
+MAX_WAITING = 32
+"""Questions in the queue, over all visitors; the next one is told to come back later."""
+
+_PREVIEW_SIDE = 640
+_EXAMPLE_SIDE = 256
+_EXAMPLE_KINDS = ("color", "count", "position", "yes_no")
+_FORGET_SECONDS = 24 * 3600
+
+_log = logging.getLogger(__name__)
+
+Shown = dict[str, Any]
+"""A message as the page's chat shows it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Example:
+    picture: Path
+    question: str
+
+
+@dataclass(kw_only=True)
+class _Visitor:
+    """One open page."""
+
+    session: ChatSession
+    shown: list[Shown] = field(default_factory=list)
+
+
+def launch(model_name: str, *, host: str = "127.0.0.1", port: int = 7860, block: bool = True) -> gr.Blocks:
+    """Opens the chat page and serves it until it is interrupted.
+
+    Args:
+        model_name: folder of a model or of a finished run, or a hub name.
+        host: address to listen on; ``0.0.0.0`` for every address of the machine.
+        port: port to listen on; 0 takes a free one.
+        block: False returns at once; close the app with its ``close()``.
+
+    Raises:
+        InputError: the model cannot be opened, or the port is taken.
+    """
+    port = _usable_port(host, port)
+    typer.secho(f"loading {model_name}", err=True, dim=True)
+    app = build_app(model_name)
+    app.queue(max_size=MAX_WAITING, default_concurrency_limit=1)
+    app.launch(
+        server_name=host,
+        server_port=port,
+        share=False,
+        quiet=True,
+        prevent_thread_lock=True,
+        max_file_size=MAX_UPLOAD_BYTES,
+        ssr_mode=False,
+        enable_monitoring=False,
+        footer_links=[],
+        theme=_theme(),
+        css=resources.files("symphony_vlm.serving").joinpath("gradio_app.css").read_text("utf-8"),
+    )
+    typer.echo(f"Open {app.local_url} in a browser; Ctrl-C stops.", err=True)
+    if block:
+        _wait(app)
+    return app
+
+
+def build_app(model_name: str) -> gr.Blocks:
+    """The page, not yet served.
+
+    Args:
+        model_name: folder of a model or of a finished run, or a hub name.
+
+    Raises:
+        InputError: the model cannot be opened.
+    """
+    from symphony_vlm.model.loading import load
+
+    model = load(model_name)
+    uploads = _private_upload_folder()
+    gr = _import_gradio()
+    title = _title(model_name)
+    with gr.Blocks(
+        title=f"{title} · symphony_vlm", analytics_enabled=False, fill_height=True, delete_cache=(3600, _FORGET_SECONDS)
+    ) as app:
+        page = _Page(model, _draw_examples(uploads / "examples"), uploads)
+        page.build(title)
+    return app
+
+
+class _Page:
+    """The components and what happens between them."""
+
+    def __init__(self, model: SymphonyVLMForConditionalGeneration, examples: Sequence[_Example], uploads: Path) -> None:
+        self._gr = _import_gradio()
+        self._model = model
+        self._examples = examples
+        self._uploads = uploads
+
+    def build(self, title: str) -> None:
+        """Lays the page out, inside the current ``gr.Blocks``."""
+        gr = self._gr
+        with gr.Row(elem_id="top"):
+            gr.HTML(_header(title, _router_text(self._model)), elem_id="header", padding=False)
+            self._new = gr.Button("New chat", elem_id="new", variant="secondary", size="sm", scale=0)
+        self._visitor = gr.State(None)
+        self._chat = gr.Chatbot(
+            elem_id="chat",
+            show_label=False,
+            label="Conversation",
+            scale=1,
+            height=None,
+            min_height=240,
+            buttons=["copy"],
+            # With `_literal`, letter by letter: neither a question nor an answer can style, or load, anything.
+            render_markdown=False,
+            latex_delimiters=[],
+            allow_tags=False,
+            allow_file_downloads=False,
+            feedback_options=None,
+            placeholder=_PLACEHOLDER,
+            examples=[{"text": e.question, "icon": str(e.picture)} for e in self._examples],
+        )
+        self._box = gr.MultimodalTextbox(
+            elem_id="question",
+            show_label=False,
+            label="Question",
+            placeholder="Ask about a picture",
+            sources=["upload"],
+            file_types=["image"],
+            file_count="multiple",
+            max_lines=6,
+            max_plain_text_length=100_000,
+            autofocus=True,
+        )
+        with gr.Accordion("Settings", open=False, elem_id="settings"):
+            longest = min(MAX_NEW_TOKENS, self._positions())
+            self._length = gr.Slider(
+                1, longest, value=min(128, longest), step=1, label="Longest answer", info="In tokens."
+            )
+            self._temperature = gr.Slider(
+                0.0, 1.5, value=0.0, step=0.1, label="Temperature", info="0 always gives the likeliest answer."
+            )
+        self._connect()
+
+    def _connect(self) -> None:
+        outputs = [self._chat, self._box, self._visitor]
+        settings = [self._length, self._temperature, self._visitor]
+        # One model: both ways of asking wait in one line.
+        model_queue: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "minimal"}
+        asked = self._box.submit(self.ask, [self._box, *settings], outputs, api_name="ask", **model_queue)
+        # gradio recognises the event argument by its annotation, which must be the class itself.
+        self.ask_example.__func__.__annotations__["event"] = self._gr.SelectData  # type: ignore[attr-defined]
+        picked = self._chat.example_select(self.ask_example, settings, outputs, api_visibility="private", **model_queue)
+        quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", "cancels": [asked, picked]}
+        self._box.stop(self.stopped, [self._visitor], outputs, api_visibility="private", **quick)
+        self._new.click(self.start_over, None, outputs, api_name="new_conversation", **quick)
+        self._chat.clear(self.start_over, None, outputs, api_visibility="private", **quick)
+
+    def ask(
+        self, message: dict[str, Any] | None, max_new_tokens: int, temperature: float, visitor: _Visitor | None
+    ) -> Iterator[tuple[Any, Any, _Visitor]]:
+        """Answers what is in the question box."""
+        text = (message or {}).get("text") or ""
+        files = [Path(file) for file in (message or {}).get("files") or []]
+        yield from self._turn(text.strip(), files, max_new_tokens, temperature, visitor)
+
+    def ask_example(
+        self, max_new_tokens: int, temperature: float, visitor: _Visitor | None, event: Any
+    ) -> Iterator[tuple[Any, Any, _Visitor]]:
+        """Asks the example that was clicked."""
+        # Only the number is taken from the browser.
+        example = self._examples[int(event.index) % len(self._examples)]
+        yield from self._turn(example.question, [example.picture], max_new_tokens, temperature, visitor)
+
+    def stopped(self, visitor: _Visitor | None) -> tuple[Any, Any, _Visitor]:
+        """Tidies up after the stop button has ended an answer."""
+        visitor = visitor or self._new_visitor()
+        visitor.shown.append(_notice("Stopped", "The model will not remember this question."))
+        return visitor.shown, self._open_box(), visitor
+
+    def start_over(self) -> tuple[Any, Any, _Visitor]:
+        """An empty conversation."""
+        return [], self._open_box(value=None), self._new_visitor()
+
+    def _turn(
+        self, text: str, files: Sequence[Path], max_new_tokens: int, temperature: float, visitor: _Visitor | None
+    ) -> Generator[tuple[Any, Any, _Visitor], None, None]:
+        visitor = visitor or self._new_visitor()
+        shown = visitor.shown
+        kept_text: str | None = None
+        try:
+            pictures, fault = _read_uploads(files)
+            shown.append(self._question(text, pictures))
+            yield shown, self._closed_box(), visitor
+            if fault is not None:
+                kept_text = text
+                raise fault
+            for picture in pictures:
+                visitor.session.add_image(picture)
+            answer: Shown = _said("assistant", "")
+            pieces = visitor.session.stream(text, max_new_tokens=int(max_new_tokens), temperature=float(temperature))
+            shown.append(answer)
+            for piece in pieces:
+                answer["content"][0]["text"] += _literal(piece)
+                yield shown, self._gr.skip(), visitor
+            if not answer["content"][0]["text"]:
+                shown[-1] = _notice("Empty answer", "The model ended its answer before the first word.")
+        except InputError as error:
+            _show_fault(shown, _for_visitors(error))
+        except Exception as error:
+            _log.exception("a question could not be answered")
+            _show_fault(shown, f"{type(error).__name__}: {_first_line(str(error))}")
+        finally:
+            # Pictures of a turn that failed or was stopped must not slip into the next question.
+            visitor.session.drop_images()
+        yield (
+            shown,
+            self._open_box(**({} if kept_text is None else {"value": {"text": kept_text, "files": []}})),
+            visitor,
+        )
+
+    def _question(self, text: str, pictures: Sequence[Image.Image]) -> Shown:
+        message = _said("user", text)
+        content = [{"path": self._preview(picture), "alt_text": "Uploaded picture"} for picture in pictures]
+        message["content"] = [*content, *(message["content"] if text else [])] or message["content"]
+        return message
+
+    def _preview(self, picture: Image.Image) -> str:
+        """A small copy that every browser can show, whatever format was uploaded, without its metadata."""
+        from gradio.processing_utils import save_pil_to_cache
+
+        small = picture.copy()
+        small.thumbnail((_PREVIEW_SIDE, _PREVIEW_SIDE))
+        saved: str = save_pil_to_cache(small, cache_dir=str(self._uploads), format="webp")
+        return saved
+
+    def _open_box(self, **changes: Any) -> Any:
+        return self._gr.update(interactive=True, submit_btn=True, stop_btn=False, **changes)
+
+    def _closed_box(self) -> Any:
+        return self._gr.update(value=None, interactive=False, submit_btn=False, stop_btn=True)
+
+    def _new_visitor(self) -> _Visitor:
+        from symphony_vlm.serving.chat import ChatSession
+
+        return _Visitor(session=ChatSession(self._model))
+
+    def _positions(self) -> int:
+        positions = getattr(self._model.config.text_config, "max_position_embeddings", None)
+        return int(positions) if positions else MAX_NEW_TOKENS
+
+
+def _read_uploads(files: Sequence[Path]) -> tuple[list[Image.Image], InputError | None]:
+    """The pictures up to the first that cannot be read, and what is wrong with that one."""
+    pictures: list[Image.Image] = []
+    for file in files:
+        try:
+            pictures.append(_read_upload(file))
+        except InputError as error:
+            return pictures, error
+    return pictures, None
+
+
+def _read_upload(file: Path) -> Image.Image:
+    try:
+        size = file.stat().st_size
+        if size > MAX_UPLOAD_BYTES:
+            raise InputError(f"has {size:,} bytes; the limit is {MAX_UPLOAD_BYTES:,}", where=f"image {file.name!r}")
+        data = file.read_bytes()
+    except OSError as error:
+        raise InputError("the upload is gone", where=f"image {file.name!r}", remedy="Upload it again.") from error
+    # As bytes, so that messages name the upload and not where the server put it.
+    return load_image(ImageRef(data=data, name=file.name), max_pixels=MAX_UPLOAD_PIXELS)
+
+
+def _said(role: str, text: str) -> Shown:
+    return {"role": role, "content": [{"type": "text", "text": _literal(text)}]}
+
+
+def _literal(text: str) -> str:
+    """Text for the chat component, which takes tags for HTML even with Markdown off."""
+    return html.escape(text, quote=False)
+
+
+def _notice(title: str, text: str) -> Shown:
+    return {**_said("assistant", text), "metadata": {"title": title}}
+
+
+def _show_fault(shown: list[Shown], text: str) -> None:
+    if shown and shown[-1]["role"] == "assistant" and not shown[-1]["content"][0]["text"]:
+        shown.pop()
+    shown.append(_notice("⚠️ Not answered", text))
+
+
+def _for_visitors(error: InputError) -> str:
+    """The message without remedies that only whoever runs the server could follow."""
+    verb = error.problem.startswith(("is ", "has "))
+    text = (
+        f"{error.where}{' ' if verb else ': '}{error.problem}" if error.where not in (None, "chat") else error.problem
+    )
+    text = text.rstrip(".")
+    remedy = error.remedy if error.where == "chat" else "Choose another picture." if "image" in text else None
+    return f"{text[:1].upper()}{text[1:]}. {remedy or ''}".strip()
+
+
+def _first_line(text: str) -> str:
+    line = text.strip().split("\n")[0]
+    return line if len(line) <= 200 else f"{line[:199]}…"
+
+
+def _draw_examples(folder: Path) -> list[_Example]:
+    """Example pictures with questions from the built-in scenes: nothing to download."""
+    import numpy as np
+
+    from symphony_vlm.data.scenes import draw_scene, questions, sample_scene
+
+    folder.mkdir(parents=True, exist_ok=True)
+    examples = []
+    for seed, kind in enumerate(_EXAMPLE_KINDS):
+        rng = np.random.default_rng(seed)
+        scene = sample_scene(rng, "test")
+        asked = questions(scene, rng)
+        question = next((q for q in asked if q.type == kind), asked[0]).question
+        picture = folder / f"scene_{seed + 1}.png"
+        draw_scene(scene, _EXAMPLE_SIDE).save(picture)
+        examples.append(_Example(picture=picture, question=question))
+    return examples
+
+
+def _title(model_name: str) -> str:
+    """The model's name without its folder: a run's model is called after the run."""
+    if not Path(model_name).exists():
+        return model_name
+    # Not resolve(): a run's model is a link to its last stage's.
+    path = Path(os.path.abspath(model_name))  # noqa: PTH100
+    return path.parent.name if path.name == "model" and path.parent.name else path.name
+
+
+def _router_text(model: SymphonyVLMForConditionalGeneration) -> str:
+    moe = model.config.moe_config
+    if moe is None:
+        return "dense, no router"
+    return f"{moe.router} · {moe.num_experts} experts, top {moe.num_experts_per_tok}"
+
+
+def _header(title: str, router: str) -> str:
+    return (
+        f'<div class="head">{_LOGO}<div><h1>{html.escape(title)}</h1>'
+        f'<p><span class="vendor">symphony_vlm</span><span class="chip" title="Router">{html.escape(router)}</span></p></div></div>'
+    )
+
+
+def _private_upload_folder() -> Path:
+    """Where gradio keeps uploads: a folder of this process alone, deleted at its end.
+
+    gradio's default is one folder for all processes and users of the machine.
+    """
+    global _upload_folder
+    if _upload_folder is None and "GRADIO_TEMP_DIR" not in os.environ:
+        _upload_folder = tempfile.TemporaryDirectory(prefix="symphony_vlm-")
+        os.environ["GRADIO_TEMP_DIR"] = _upload_folder.name
+    return Path(os.environ["GRADIO_TEMP_DIR"]).resolve()
+
+
+_upload_folder: tempfile.TemporaryDirectory[str] | None = None
+
+
+def _import_gradio() -> Any:
+    """gradio, asked beforehand not to report its use."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    import gradio
+
+    return gradio
+
+
+def _theme() -> Any:
+    gr = _import_gradio()
+    # Fonts of the visitor's own system: the page works without the internet, and tells no font server about visits.
+    return gr.themes.Default(
+        primary_hue="indigo",
+        neutral_hue="slate",
+        font=["system-ui", "-apple-system", "Segoe UI", "sans-serif"],
+        font_mono=["ui-monospace", "Consolas", "monospace"],
+    )
+
+
+def _usable_port(host: str, port: int) -> int:
+    """Tries the address, before the model takes its time to load."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+            free: int = probe.getsockname()[1]
+            return free
+    except OSError as error:
+        raise InputError(
+            f"cannot listen there: {error.strerror or error}",
+            where=f"{host}:{port}",
+            remedy="Choose another --port (0 takes a free one) or --host.",
+        ) from error
+
+
+def _wait(app: gr.Blocks) -> None:
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        typer.echo(err=True)
+    finally:
+        app.close(verbose=False)
+
+
+_PLACEHOLDER = (
+    '<div class="empty"><h2>Ask about a picture</h2>'
+    "<p>Attach one with the paper clip below, or try an example.</p></div>"
+)
+
+_LOGO = (
+    '<svg class="logo" viewBox="0 0 40 40" aria-hidden="true"><rect width="40" height="40" rx="10"/>'
+    '<path d="M12 13 28 11M12 13 20 28M28 11 20 28"/>'
+    '<circle cx="12" cy="13" r="4.5"/><circle cx="28" cy="11" r="3.5"/><circle cx="20" cy="28" r="5"/></svg>'
+)

@@ -1,0 +1,276 @@
+"""The expert graph by itself: its target matrix, its moving average, its precision."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from symphony_vlm.moe.configuration import MoEConfig
+from symphony_vlm.moe.expert_graph import ExpertGraph, expert_graphs, normalize_counts, update_expert_graphs
+
+NUM_EXPERTS = 5
+NUM_TOKENS = 40
+NORMALIZATIONS = ["row", "symmetric", "sinkhorn", "frequency"]
+
+
+def config_of(**settings: Any) -> MoEConfig:
+    return MoEConfig(**({"num_experts": NUM_EXPERTS, "router": "symphony_smoe"} | settings))
+
+
+def membership(num_tokens: int = NUM_TOKENS, *, among: int = NUM_EXPERTS, seed: int = 0) -> Tensor:
+    """One-hot sets of two experts per token, out of the first `among`."""
+    generator = torch.Generator().manual_seed(seed)
+    # Unequal odds, so that row sums differ and the normalisations can be told apart.
+    odds = torch.arange(1.0, among + 1).expand(num_tokens, among)
+    sets = torch.multinomial(odds, 2, generator=generator)
+    return torch.zeros(num_tokens, NUM_EXPERTS).scatter_(1, sets, 1.0)
+
+
+def counts_of(membership_TE: Tensor) -> Tensor:
+    return membership_TE.T @ membership_TE
+
+
+def flat(membership_TE: Tensor) -> Tensor:
+    """Counts in the layout of `take_counts`."""
+    return torch.cat([counts_of(membership_TE).flatten(), torch.tensor([float(len(membership_TE))])])
+
+
+def numpy_target(counts: np.ndarray, num_tokens: int, *, normalization: str, diagonal: str, strength: float) -> Any:
+    """The specification, written out entry by entry in float64."""
+    size = len(counts)
+    counts = counts.astype(np.float64)
+    if diagonal == "drop":
+        counts = counts - np.diag(np.diag(counts))
+    degree = counts.sum(1)
+    alone = degree == 0
+    norm = np.zeros((size, size))
+    for i in range(size):
+        for j in range(size):
+            if normalization == "row" and not alone[i]:
+                norm[i, j] = counts[i, j] / degree[i]
+            if normalization == "symmetric" and not alone[i] and not alone[j]:
+                norm[i, j] = counts[i, j] / np.sqrt(degree[i] * degree[j])
+            if normalization == "frequency":
+                norm[i, j] = counts[i, j] / num_tokens
+    if normalization == "sinkhorn":
+        norm = counts + np.diag(alone.astype(float))
+        for _ in range(2000):
+            norm = norm / norm.sum(0, keepdims=True)
+            norm = norm / norm.sum(1, keepdims=True)
+    norm[alone] = np.eye(size)[alone]
+    return (1 - strength) * np.eye(size) + strength * norm
+
+
+# fp32 divisions and square roots: a few units of 6e-8 relative on entries of at most about 2. Sinkhorn converges
+# geometrically; on these counts 50 rounds leave less than 1e-5 (2000 rounds in float64 are the reference).
+@pytest.mark.parametrize(
+    ("normalization", "tolerance"), [("row", 1e-6), ("symmetric", 1e-6), ("frequency", 1e-6), ("sinkhorn", 2e-5)]
+)
+@pytest.mark.parametrize("diagonal", ["drop", "keep"])
+@pytest.mark.parametrize("among", [NUM_EXPERTS, NUM_EXPERTS - 1])
+def test_the_target_matrix_equals_the_formula(normalization: str, tolerance: float, diagonal: str, among: int) -> None:
+    config = config_of(normalization=normalization, diagonal=diagonal, strength=0.3)
+    counts_EE = counts_of(membership(among=among))
+    ours = normalize_counts(counts_EE, torch.tensor(float(NUM_TOKENS)), config)
+    reference = numpy_target(
+        counts_EE.numpy(), NUM_TOKENS, normalization=normalization, diagonal=diagonal, strength=0.3
+    )
+    assert ours.dtype == torch.float32
+    np.testing.assert_allclose(ours.numpy(), reference, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_an_expert_never_selected_keeps_its_identity_row(normalization: str) -> None:
+    target_EE = normalize_counts(
+        counts_of(membership(among=NUM_EXPERTS - 1)),
+        torch.tensor(float(NUM_TOKENS)),
+        config_of(normalization=normalization),
+    )
+    torch.testing.assert_close(target_EE[-1], torch.eye(NUM_EXPERTS)[-1], atol=0, rtol=0)
+    torch.testing.assert_close(target_EE[:, -1], torch.eye(NUM_EXPERTS)[:, -1], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_strength_zero_is_the_identity(normalization: str) -> None:
+    config = config_of(normalization=normalization, strength=0.0)
+    target_EE = normalize_counts(counts_of(membership()), torch.tensor(float(NUM_TOKENS)), config)
+    assert torch.equal(target_EE, torch.eye(NUM_EXPERTS))
+
+
+@pytest.mark.parametrize("normalization", ["row", "sinkhorn"])
+def test_rows_sum_to_one_where_the_normalisation_promises_it(normalization: str) -> None:
+    config = config_of(normalization=normalization)
+    target_EE = normalize_counts(counts_of(membership(among=3)), torch.tensor(float(NUM_TOKENS)), config)
+    # Five fp32 additions of numbers below 1.
+    torch.testing.assert_close(target_EE.sum(1), torch.ones(NUM_EXPERTS), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("normalization", ["symmetric", "frequency"])
+def test_symmetric_counts_stay_symmetric_where_the_normalisation_promises_it(normalization: str) -> None:
+    target_EE = normalize_counts(
+        counts_of(membership()), torch.tensor(float(NUM_TOKENS)), config_of(normalization=normalization)
+    )
+    torch.testing.assert_close(target_EE, target_EE.T, atol=1e-7, rtol=0)
+
+
+def test_dropping_the_diagonal_forgets_how_often_an_expert_was_chosen_at_all() -> None:
+    counts_EE = counts_of(membership())
+    busier_EE = counts_EE + torch.diag(torch.arange(NUM_EXPERTS).float())
+    tokens = torch.tensor(float(NUM_TOKENS))
+    drop, keep = config_of(diagonal="drop"), config_of(diagonal="keep")
+    assert torch.equal(normalize_counts(counts_EE, tokens, drop), normalize_counts(busier_EE, tokens, drop))
+    assert not torch.equal(normalize_counts(counts_EE, tokens, keep), normalize_counts(busier_EE, tokens, keep))
+
+
+def test_one_update_is_the_moving_average_of_the_formula() -> None:
+    config = config_of(momentum=0.9)
+    graph = ExpertGraph(config)
+    expected_EE = torch.eye(NUM_EXPERTS)
+    for step in range(3):
+        membership_TE = membership(seed=step)
+        graph.update(flat(membership_TE))
+        target_EE = normalize_counts(counts_of(membership_TE), torch.tensor(float(NUM_TOKENS)), config)
+        expected_EE = 0.9 * expected_EE + 0.1 * target_EE
+    # Three rounds of two fp32 products; 0.9 as fp32 tensor against Python's double costs up to 6e-8 each.
+    torch.testing.assert_close(graph.adjacency_EE, expected_EE, atol=1e-6, rtol=0)
+    assert int(graph.num_updates) == 3
+
+
+def test_constant_counts_are_approached_geometrically() -> None:
+    """E[A_t] - C = m^t (A_0 - C): with constant counts the expectation is the value itself."""
+    config = config_of(momentum=0.8)
+    graph = ExpertGraph(config)
+    membership_TE = membership()
+    target_EE = normalize_counts(counts_of(membership_TE), torch.tensor(float(NUM_TOKENS)), config)
+    for _ in range(12):
+        graph.update(flat(membership_TE))
+    expected_EE = target_EE + 0.8**12 * (torch.eye(NUM_EXPERTS) - target_EE)
+    torch.testing.assert_close(graph.adjacency_EE, expected_EE, atol=2e-6, rtol=0)
+
+
+def test_the_mean_and_the_stationary_variance_are_those_of_a_moving_average() -> None:
+    """For i.i.d. counts: mean of A = mean of the targets, Var(A) = (1 - m) / (1 + m) Var(target)."""
+    momentum, steps, burn_in = 0.8, 4000, 50
+    config = config_of(momentum=momentum)
+    graph = ExpertGraph(config)
+    tokens = torch.tensor(8.0)
+    states, targets = [], []
+    for step in range(steps):
+        membership_TE = membership(8, seed=step)
+        graph.update(flat(membership_TE))
+        targets.append(normalize_counts(counts_of(membership_TE), tokens, config))
+        states.append(graph.adjacency_EE.clone())
+    states_NEE, targets_NEE = torch.stack(states[burn_in:]), torch.stack(targets[burn_in:])
+    # The averages differ only by edge effects: at most (1 / (1 - m)) / N of the range, 5 / 3950 of 1.
+    torch.testing.assert_close(states_NEE.mean(0), targets_NEE.mean(0), atol=2e-3, rtol=0)
+    ratio = float(states_NEE.var(0).sum() / targets_NEE.var(0).sum())
+    # The states' autocorrelation time is (1 + m) / (1 - m) = 9 steps, so about 440 independent draws of each of some
+    # ten independent entries: a relative standard error of about sqrt(2 / 4400) = 2 %; 8 % is four of them.
+    assert ratio == pytest.approx((1 - momentum) / (1 + momentum), rel=0.08)
+
+
+def test_smoothing_follows_the_formula_entry_by_entry() -> None:
+    graph = ExpertGraph(config_of(momentum=0.0))
+    graph.update(flat(membership()))
+    values_TE = torch.randn(4, NUM_EXPERTS, generator=torch.Generator().manual_seed(1))
+    adjacency_EE = graph.adjacency_EE
+    expected = [
+        [sum(float(adjacency_EE[j, k] * row[k]) for k in range(NUM_EXPERTS)) for j in range(NUM_EXPERTS)]
+        for row in values_TE
+    ]
+    # Not symmetric with row normalisation, so a transposed product would be seen.
+    assert not torch.allclose(adjacency_EE, adjacency_EE.T)
+    torch.testing.assert_close(graph(values_TE), torch.tensor(expected), atol=1e-6, rtol=0)
+
+
+def test_counts_add_up_over_forwards_and_are_taken_once() -> None:
+    graph = ExpertGraph(config_of())
+    first_TE, second_TE = membership(seed=1), membership(seed=2)
+    graph.count(first_TE)
+    graph.count(second_TE)
+    assert torch.equal(graph.take_counts(), flat(torch.cat([first_TE, second_TE])))
+    assert not graph.take_counts().any()
+
+
+def test_counting_does_not_change_the_tensor_that_was_counted() -> None:
+    graph = ExpertGraph(config_of())
+    membership_TE = membership()
+    before = membership_TE.clone()
+    graph.count(membership_TE)
+    graph.count(membership_TE)
+    assert torch.equal(membership_TE, before)
+
+
+def test_rows_of_padding_are_neither_counted_nor_tokens() -> None:
+    graph = ExpertGraph(config_of())
+    membership_TE = membership()
+    graph.count(torch.cat([membership_TE, torch.zeros(7, NUM_EXPERTS)]))
+    assert torch.equal(graph.take_counts(), flat(membership_TE))
+
+
+def test_a_step_without_any_token_changes_nothing() -> None:
+    graph = ExpertGraph(config_of())
+    graph.update(flat(membership()))
+    before = graph.adjacency_EE.clone()
+    graph.update(graph.take_counts())
+    assert torch.equal(graph.adjacency_EE, before)
+    assert int(graph.num_updates) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_casting_the_model_leaves_the_graph_in_fp32_with_all_its_bits(dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), ExpertGraph(config_of(momentum=0.99)))
+    graph = model[1]
+    graph.update(flat(membership()))
+    before = graph.adjacency_EE.clone()
+    casts = {torch.bfloat16: model.bfloat16, torch.float16: model.half, torch.float64: model.double}
+    for cast in (casts[dtype], lambda: model.to(dtype)):
+        cast()
+        assert model[0].weight.dtype == dtype
+        assert graph.adjacency_EE.dtype == torch.float32
+        assert torch.equal(graph.adjacency_EE, before)
+    # The buffer must still be the registered one, or it would be missing from checkpoints.
+    assert torch.equal(model.state_dict()["1.adjacency_EE"], before)
+
+
+def test_a_half_precision_graph_would_not_move() -> None:
+    """Why fp32: a step of (1 - 0.99) times a small difference is below half of a bfloat16 unit at 1."""
+    graph = ExpertGraph(config_of(momentum=0.999, strength=0.1))
+    graph.update(flat(membership()))
+    moved = (graph.adjacency_EE - torch.eye(NUM_EXPERTS)).abs().diagonal()
+    assert (moved > 0).all()
+    assert torch.equal(graph.adjacency_EE.bfloat16().diagonal(), torch.ones(NUM_EXPERTS, dtype=torch.bfloat16))
+
+
+def test_state_and_scratch_are_told_apart_in_checkpoints() -> None:
+    graph = ExpertGraph(config_of())
+    graph.count(membership())
+    assert set(graph.state_dict()) == {"adjacency_EE", "num_updates"}
+
+
+def test_updating_a_model_updates_every_graph_once_and_a_model_without_graphs_is_fine() -> None:
+    model = nn.ModuleDict({"a": ExpertGraph(config_of()), "b": nn.ModuleList([ExpertGraph(config_of())])})
+    graphs = dict(expert_graphs(model))
+    assert list(graphs) == ["a", "b.0"]
+    graphs["b.0"].count(membership())
+    update_expert_graphs(model)
+    assert [int(graph.num_updates) for graph in graphs.values()] == [0, 1]
+    update_expert_graphs(nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize(
+    ("active", "in_training", "in_evaluation"),
+    [
+        ("always", True, True),
+        ("train", True, False),
+        ("eval", False, True),
+    ],
+)
+def test_active_says_in_which_mode_the_graph_takes_part(active: str, in_training: bool, in_evaluation: bool) -> None:
+    graph = ExpertGraph(config_of(active=active))
+    assert graph.train().is_active is in_training
+    assert graph.eval().is_active is in_evaluation
