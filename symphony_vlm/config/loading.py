@@ -52,11 +52,25 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
         raise _explain(error, str(path)) from error
+    _check_names(recipe)
+    return recipe
+
+
+def _check_names(recipe: Recipe) -> None:
+    """What the schema cannot know. A wrong word must not be found only when its stage begins, hours later."""
+    from symphony_vlm.data.conversation import get_template
+
+    for template in (recipe.model.template, *(stage.template for stage in recipe.stages)):
+        if template is not None:
+            get_template(template)
     if recipe.model.moe is not None:
         from symphony_vlm.moe.configuration import MoEConfig
 
         MoEConfig.from_dict(recipe.model.moe)
-    return recipe
+    if recipe.evaluation.corruptions:
+        from symphony_vlm.evaluation.corruptions import parse_corruptions
+
+        parse_corruptions(",".join(recipe.evaluation.corruptions))
 
 
 def _find(name_or_path: str) -> Path:

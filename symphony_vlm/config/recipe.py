@@ -5,9 +5,11 @@ Every key is checked: an unknown one is an error that names the nearest valid ke
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from symphony_vlm.text import nearest
 
 __all__ = [
     "DataConfig",
@@ -22,6 +24,11 @@ __all__ = [
 
 
 DataRole = Literal["train", "captions"]
+Schedule = Literal[
+    "constant", "constant_with_warmup", "cosine", "cosine_with_restarts", "inverse_sqrt", "linear", "polynomial"
+]
+Severity = Annotated[int, Field(ge=1, le=5)]
+MODULES = ("vision_tower", "projector", "language_model")
 
 
 class _Schema(BaseModel):
@@ -129,7 +136,7 @@ class StageConfig(_Schema):
     gradient_accumulation_steps: int = Field(default=1, gt=0)
     learning_rate: float = Field(default=1e-3, gt=0)
     """For the kinds without `train`."""
-    schedule: str = "cosine"
+    schedule: Schedule = "cosine"
     warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0)
     adam_beta2: float = Field(default=0.999, gt=0, lt=1)
@@ -149,6 +156,10 @@ class StageConfig(_Schema):
 
     @model_validator(mode="after")
     def _consistent(self) -> StageConfig:
+        for prefix in self.train:
+            if prefix.partition(".")[0] not in MODULES:
+                known = ", ".join(MODULES)
+                raise ValueError(f"'train': {prefix!r} is in none of the modules {known}{nearest(prefix, MODULES)}")
         if self.kind == "multimodal" and not self.train:
             raise ValueError("a multimodal stage needs 'train': a learning rate for each module that trains")
         if self.kind != "multimodal" and (self.train or self.upcycle):
@@ -163,7 +174,7 @@ class EvaluationConfig(_Schema):
     corrupted_limit: int | None = None
     """Images in each corrupted cell."""
     corruptions: list[str] = Field(default_factory=list)
-    severities: list[int] = Field(default=[1, 2, 3, 4, 5])
+    severities: list[Severity] = Field(default=[1, 2, 3, 4, 5])
     batch_size: int = 64
     max_new_tokens: int = 16
 

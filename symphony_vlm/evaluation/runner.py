@@ -218,6 +218,7 @@ def _check_manifest(plan: EvaluationPlan, output: Path, items: dict[str, list[Ev
         "task": list(plan.tasks),
         "items_sha256": digest.hexdigest(),
         "n_items": {name: len(listed) for name, listed in items.items()},
+        "image_folder": str(plan.image_folder.resolve()) if plan.image_folder else None,
         "limit": plan.limit,
         "corrupted_limit": plan.corrupted_limit,
         "seed": plan.seed,

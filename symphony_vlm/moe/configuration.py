@@ -80,6 +80,7 @@ class MoEConfig:
         if isinstance(self.layers, list):
             object.__setattr__(self, "layers", tuple(self.layers))
         self._check_choices()
+        self._check_types()
         self._check_ranges()
 
     def _check_choices(self) -> None:
@@ -90,6 +91,12 @@ class MoEConfig:
                 raise InputError(
                     f"{value!r} is not one of {', '.join(choices)}{nearest(value, choices)}", where=f"moe.{field.name}"
                 )
+
+    def _check_types(self) -> None:
+        for name, (kinds, requirement) in _NUMBERS.items():
+            value = getattr(self, name)
+            _require(isinstance(value, kinds) and not isinstance(value, bool), name, value, requirement)
+        _require(isinstance(self.renormalize, bool), "renormalize", self.renormalize, "true or false")
 
     def _check_ranges(self) -> None:
         _require(self.num_experts >= 1, "num_experts", self.num_experts, "at least 1")
@@ -161,3 +168,9 @@ def _literal_fields(cls: type) -> dict[str, tuple[str, ...]]:
 
 
 _CHOICES = _literal_fields(MoEConfig)
+
+_NUMBERS: dict[str, tuple[tuple[type, ...], str]] = {
+    field.name: ((int,), "a whole number") if field.type == "int" else ((int, float), "a number")
+    for field in dataclasses.fields(MoEConfig)
+    if field.type in ("int", "float")
+}

@@ -46,6 +46,8 @@ _PREVIEW_SIDE = 640
 _EXAMPLE_SIDE = 256
 _EXAMPLE_KINDS = ("color", "count", "position", "yes_no")
 _FORGET_SECONDS = 24 * 3600
+_WAITING = "…"
+"""Stands in the answer's place until its first word."""
 
 _log = logging.getLogger(__name__)
 
@@ -155,6 +157,7 @@ class _Page:
             allow_tags=False,
             allow_file_downloads=False,
             feedback_options=None,
+            group_consecutive_messages=False,
             placeholder=_PLACEHOLDER,
             examples=[{"text": e.question, "icon": str(e.picture)} for e in self._examples],
         )
@@ -189,6 +192,8 @@ class _Page:
         # gradio recognises the event argument by its annotation, which must be the class itself.
         self.ask_example.__func__.__annotations__["event"] = self._gr.SelectData  # type: ignore[attr-defined]
         picked = self._chat.example_select(self.ask_example, settings, outputs, api_visibility="private", **model_queue)
+        for event in (asked, picked):
+            event.then(None, js=_AFTER_ANSWER)
         quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", "cancels": [asked, picked]}
         self._box.stop(self.stopped, [self._visitor], outputs, api_visibility="private", **quick)
         self._new.click(self.start_over, None, outputs, api_name="new_conversation", **quick)
@@ -213,6 +218,7 @@ class _Page:
     def stopped(self, visitor: _Visitor | None) -> tuple[Any, Any, _Visitor]:
         """Tidies up after the stop button has ended an answer."""
         visitor = visitor or self._new_visitor()
+        _drop_waiting(visitor.shown)
         visitor.shown.append(_notice("Stopped", "The model will not remember this question."))
         return visitor.shown, self._open_box(), visitor
 
@@ -235,13 +241,15 @@ class _Page:
                 raise fault
             for picture in pictures:
                 visitor.session.add_image(picture)
-            answer: Shown = _said("assistant", "")
             pieces = visitor.session.stream(text, max_new_tokens=int(max_new_tokens), temperature=float(temperature))
-            shown.append(answer)
+            shown.append(_said("assistant", _WAITING))
+            yield shown, self._gr.skip(), visitor
+            answer = ""
             for piece in pieces:
-                answer["content"][0]["text"] += _literal(piece)
+                answer += piece
+                shown[-1] = _said("assistant", answer)
                 yield shown, self._gr.skip(), visitor
-            if not answer["content"][0]["text"]:
+            if not answer:
                 shown[-1] = _notice("Empty answer", "The model ended its answer before the first word.")
         except InputError as error:
             _show_fault(shown, _for_visitors(error))
@@ -324,9 +332,13 @@ def _notice(title: str, text: str) -> Shown:
     return {**_said("assistant", text), "metadata": {"title": title}}
 
 
-def _show_fault(shown: list[Shown], text: str) -> None:
-    if shown and shown[-1]["role"] == "assistant" and not shown[-1]["content"][0]["text"]:
+def _drop_waiting(shown: list[Shown]) -> None:
+    if shown and shown[-1] == _said("assistant", _WAITING):
         shown.pop()
+
+
+def _show_fault(shown: list[Shown], text: str) -> None:
+    _drop_waiting(shown)
     shown.append(_notice("⚠️ Not answered", text))
 
 
@@ -452,6 +464,16 @@ _PLACEHOLDER = (
     '<div class="empty"><h2>Ask about a picture</h2>'
     "<p>Attach one with the paper clip below, or try an example.</p></div>"
 )
+
+# gradio scrolls before the last line has its final height, and a disabled box loses the cursor.
+_AFTER_ANSWER = """() => setTimeout(() => {
+  const log = document.querySelector("#chat .bubble-wrap");
+  if (log && log.scrollHeight - log.scrollTop - log.clientHeight < 240) {
+    log.scrollTo({ top: log.scrollHeight, behavior: "smooth" });
+  }
+  // With a touch screen the cursor would bring the keyboard up.
+  if (matchMedia("(hover: hover)").matches) document.querySelector("#question textarea")?.focus();
+}, 150)"""
 
 _LOGO = (
     '<svg class="logo" viewBox="0 0 40 40" aria-hidden="true"><rect width="40" height="40" rx="10"/>'

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import dataclasses
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,49 @@ from symphony_vlm.model.processor import SymphonyVLMProcessor
 from symphony_vlm.model.projector import build_projector
 from symphony_vlm.model.vision import VisionConfig, VisionTower, build_vision_tower, load_vision_tower
 from symphony_vlm.model.vlm import SymphonyVLMForConditionalGeneration
+from symphony_vlm.text import nearest
 
-__all__ = ["assemble", "new_image_processor", "new_language_model", "open_tokenizer"]
+__all__ = ["assemble", "check_architectures", "new_image_processor", "new_language_model", "open_tokenizer"]
+
+
+_LEGACY_FIELDS = {"model_type", "rope_theta", "rope_scaling", "torch_dtype"}
+"""Accepted by Hugging Face's configs although they are fields no more."""
+
+
+def check_architectures(model: ModelConfig) -> None:
+    """Checks the keys of new models before anything trains: Hugging Face's configs take any key and ignore it.
+
+    Raises:
+        InputError: an unknown key or model type; names the nearest.
+    """
+    vision, language = model.vision.architecture, model.language.architecture
+    if vision is not None:
+        from open_clip import CLIPTextCfg, CLIPVisionCfg
+
+        where = "model.vision.architecture"
+        _check_keys(vision, {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"}, where)
+        _check_keys(vision.get("vision_cfg", {}), _field_names(CLIPVisionCfg), f"{where}.vision_cfg")
+        _check_keys(vision.get("text_cfg", {}), _field_names(CLIPTextCfg), f"{where}.text_cfg")
+    if language is not None:
+        from transformers import CONFIG_MAPPING
+
+        where, kind = "model.language.architecture", language.get("model_type")
+        if kind not in CONFIG_MAPPING:
+            raise InputError(
+                f"model_type {kind!r} is unknown to transformers{nearest(str(kind), CONFIG_MAPPING)}", where=where
+            )
+        config_class = CONFIG_MAPPING[kind]
+        _check_keys(language, _field_names(config_class) | {*config_class.attribute_map, *_LEGACY_FIELDS}, where)
+
+
+def _field_names(config_class: Any) -> set[str]:
+    return {field.name for field in dataclasses.fields(config_class)}
+
+
+def _check_keys(values: Mapping[str, Any], known: set[str], where: str) -> None:
+    for key in values:
+        if key not in known:
+            raise InputError(f"unknown key {key!r}{nearest(key, known)}", where=where)
 
 
 def open_tokenizer(model: ModelConfig, folder: Path, corpus: Iterable[Sequence[Sample]]) -> Any:
@@ -38,7 +81,11 @@ def open_tokenizer(model: ModelConfig, folder: Path, corpus: Iterable[Sequence[S
         tokenizer = train_tokenizer(
             texts, vocab_size=model.language.vocab_size, special_tokens=template.special_tokens, end_token=end
         )
-        tokenizer.save_pretrained(folder)
+        # Saved next to its place and renamed, so that a kill leaves no half of it to be opened by the next start.
+        temporary = folder.with_name(f".{folder.name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        tokenizer.save_pretrained(temporary)
+        temporary.rename(folder)
     return AutoTokenizer.from_pretrained(folder)
 
 

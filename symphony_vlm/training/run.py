@@ -50,9 +50,10 @@ def train(recipe: Recipe, output: Path, *, console: Console | None = None) -> Tr
         console.print(f"{output}: every stage is done")
         return _result(recipe, output, state)
 
-    from symphony_vlm.training.parts import open_tokenizer
+    from symphony_vlm.training.parts import check_architectures, open_tokenizer
     from symphony_vlm.training.stages import RunContext, run_stage
 
+    check_architectures(recipe.model)
     data = open_run_data(recipe, output, console.print)
     tokenizer = _tokenizer_of(recipe.model.start) or open_tokenizer(
         recipe.model, output / "tokenizer", data.train.values()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from symphony_vlm.config.recipe import DataConfig, Recipe, StageConfig
 from symphony_vlm.data.datasets import SampleSource, open_samples
-from symphony_vlm.data.images import image_bytes
+from symphony_vlm.data.images import image_bytes, image_key
 from symphony_vlm.data.preflight import check_samples
 from symphony_vlm.data.sample import ImagePart, ImageRef, Sample
 from symphony_vlm.data.scenes import generate_scenes
@@ -91,8 +92,12 @@ def open_run_data(recipe: Recipe, output: Path, report: Report) -> RunData:
     validation: dict[str, SampleList] = {}
     fingerprints: dict[str, str] = {}
     counts: dict[str, dict[str, int]] = {}
-    for role in sorted(used & files.keys()):
-        parts = [_open_file(path, folder, recipe.data, recipe.seed, report) for path, folder in files[role]]
+    opened = {
+        role: [_open_file(path, folder, recipe.data, recipe.seed, report) for path, folder in files[role]]
+        for role in sorted(used)
+    }
+    _keep_held_out([part for parts in opened.values() for part in parts], report)
+    for role, parts in opened.items():
         train[role] = SampleList([(part.source, part.train) for part in parts])
         validation[role] = SampleList([(part.source, part.validation) for part in parts])
         fingerprints |= {part.source.path.name: part.source.fingerprint for part in parts}
@@ -108,6 +113,19 @@ class _Part:
     train: list[int]
     validation: list[int]
     counts: dict[str, int]
+
+
+def _keep_held_out(parts: Sequence[_Part], report: Report) -> None:
+    """A picture that one file holds out must not be trained on through another file or in another stage."""
+    if len(parts) < 2:
+        return
+    held = {image_key(ref) for part in parts for index in part.validation for ref in part.source[index].images}
+    for part in parts:
+        kept = [index for index in part.train if not any(image_key(ref) in held for ref in part.source[index].images)]
+        if len(kept) < len(part.train):
+            report(f"{part.source.path.name}: {len(part.train) - len(kept)} more left out, held out in another file")
+            part.train[:] = kept
+            part.counts["train"] = len(kept)
 
 
 def _files(recipe: Recipe, output: Path, report: Report) -> dict[str, list[tuple[Path, Path | None]]]:
@@ -151,8 +169,12 @@ def _open_file(path: Path, image_folder: Path | None, data: DataConfig, seed: in
 def _write_validation(samples: SampleList, output: Path) -> None:
     """The held-out records as LLaVA JSON lines, ready for ``symphony-vlm eval --data RUN/validation.jsonl``."""
     lines = []
+    seen: Counter[str] = Counter()
     for sample in samples:
-        record: dict[str, Any] = {"id": sample.id, **{k: v for k, v in sample.meta.items() if _is_plain(v)}}
+        # Files without ids number their records, each from 0.
+        seen[sample.id] += 1
+        unique = sample.id if seen[sample.id] == 1 else f"{sample.id} ({seen[sample.id]})"
+        record: dict[str, Any] = {"id": unique, **{k: v for k, v in sample.meta.items() if _is_plain(v)}}
         if sample.images:
             images = [_image_path(ref, output) for ref in sample.images]
             record["image"] = images[0] if len(images) == 1 else images

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -179,13 +181,15 @@ def _trainer(
     folder = context.folder / stage.name
     folder.mkdir(parents=True, exist_ok=True)
     has_validation = validation is not None and len(validation) > 0
+    # Where incomplete batches are dropped, a small validation set must still make a complete one.
+    eval_batch_size = min(stage.batch_size, len(validation)) if drop_last and has_validation else stage.batch_size
     steps = _total_steps(stage, len(train), drop_last)
     # Checkpoints fall on log steps, so that a log line never spans an interruption.
     save_steps = max(1, round(stage.save_fraction * steps / stage.log_steps)) * stage.log_steps
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=stage.batch_size,
-        per_device_eval_batch_size=stage.batch_size,
+        per_device_eval_batch_size=eval_batch_size,
         gradient_accumulation_steps=stage.gradient_accumulation_steps,
         num_train_epochs=stage.epochs,
         max_steps=stage.max_steps,
@@ -260,15 +264,16 @@ def _replace_folder(folder: Path, save: Callable[[Path], None]) -> None:
 
 
 def _total_steps(stage: StageConfig, num_samples: int, drop_last: bool) -> int:
-    if stage.max_steps > 0:
-        return stage.max_steps
-    per_batch = stage.batch_size
+    """Optimizer steps as the Trainer counts them: an incomplete accumulation at the end of an epoch is a step."""
+    per_batch = stage.batch_size * int(os.environ.get("WORLD_SIZE", "1"))
     batches = num_samples // per_batch if drop_last else -(-num_samples // per_batch)
     if batches == 0:
         raise InputError(
             f"{num_samples} samples make no batch of {per_batch}", where=stage.name, remedy="Lower the batch size."
         )
-    return max(1, round(stage.epochs * max(1, batches // stage.gradient_accumulation_steps)))
+    if stage.max_steps > 0:
+        return stage.max_steps
+    return math.ceil(stage.epochs * -(-batches // stage.gradient_accumulation_steps))
 
 
 def _checkpointing(stage: StageConfig) -> dict[str, Any]:

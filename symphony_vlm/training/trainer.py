@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from symphony_vlm.data.conversation import IGNORE_INDEX
 from symphony_vlm.errors import InputError
 from symphony_vlm.text import nearest
 
@@ -55,6 +56,11 @@ def _rate(name: str, rates: Mapping[str, float]) -> float | None:
     return rates[max(matching, key=len)] if matching else None
 
 
+def _share_of_step(labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | float:
+    """How much of the optimizer step's supervised tokens a micro-batch has, see `model.loss.training_loss`."""
+    return 1.0 if num_items_in_batch is None else (labels[:, 1:] != IGNORE_INDEX).sum() / num_items_in_batch
+
+
 class StageTrainer(Trainer):
     """Trainer of one stage.
 
@@ -67,7 +73,7 @@ class StageTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self._rates = rates
         self._part_sums: dict[str, Tensor] = {}
-        self._part_count = 0
+        self._part_weight: Tensor | float = 0.0
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW with one group per learning rate."""
@@ -90,15 +96,17 @@ class StageTrainer(Trainer):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         parts = getattr(outputs, "loss_parts", None)
         if parts and model.training:
-            self._part_count += 1
+            # A micro-batch weighs in the parts as in the loss. Sums stay on the device; the log step reads them.
+            share = _share_of_step(inputs["labels"], num_items_in_batch)
+            self._part_weight = self._part_weight + share
             for name, value in parts.items():
-                # Sums stay on the device; the log step reads them.
-                self._part_sums[name] = self._part_sums.get(name, torch.zeros_like(value)) + value
+                self._part_sums[name] = self._part_sums.get(name, torch.zeros_like(value)) + share * value
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means of the loss parts since the last log."""
-        if "loss" in logs and self._part_count:
-            logs |= {name: round(float(total) / self._part_count, 6) for name, total in self._part_sums.items()}
-            self._part_sums, self._part_count = {}, 0
+        if "loss" in logs and self._part_sums:
+            weight = float(self._part_weight)
+            logs |= {name: round(float(total) / weight, 6) for name, total in self._part_sums.items()}
+            self._part_sums, self._part_weight = {}, 0.0
         super().log(logs, start_time)

@@ -42,7 +42,7 @@ def sentencepiece_tokenizer(template: str) -> PreTrainedTokenizerFast:
     """Like Llama 2's: spaces are U+2581 in front of words, and one is added before whatever is tokenised."""
     special = list(dict.fromkeys([IMAGE_TOKEN, *TEMPLATES[template].special_tokens]))
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="always")])
     alphabet = sorted(set("".join(TEXTS)) | set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.,?!'|</>_\n"))
     trainer = trainers.BpeTrainer(
@@ -147,8 +147,16 @@ def test_the_assistant_mask_of_the_chat_template_is_that_of_the_labels(
 
 
 @pytest.mark.parametrize("make_tokenizer", [byte_level_tokenizer, sentencepiece_tokenizer])
-@pytest.mark.parametrize("conversation", CONVERSATIONS.values(), ids=CONVERSATIONS)
-@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize(
+    ("template", "conversation"),
+    [
+        pytest.param(template, conversation, id=f"{template}-{name}")
+        for template in TEMPLATES
+        for name, conversation in CONVERSATIONS.items()
+        # Captions have one turn; without a marker between them two answers could not be told apart.
+        if (template, name) != ("plain", "two turns")
+    ],
+)
 def test_the_supervised_ids_decode_to_the_answers_and_their_ends(
     template: str, conversation: list[Message], make_tokenizer: Any
 ) -> None:
@@ -163,8 +171,7 @@ def test_the_supervised_ids_decode_to_the_answers_and_their_ends(
     texts = [processor.tokenizer.decode(run).strip(" ") for run in runs if run]
     end = TEMPLATES[template].answer_end
     expected = [m.text + end for m in conversation if m.role == "assistant"]
-    # Two answers that follow each other without a marker are one run.
-    assert "".join(texts) == "".join(expected)
+    assert texts == expected
 
 
 def test_a_sentencepiece_tokenizer_gets_single_spaces_between_words() -> None:
@@ -249,7 +256,7 @@ def test_an_answer_that_the_tokenizer_cannot_represent_is_an_error_that_shows_bo
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<unk>")
     processor = processor_of("plain", fast)
-    with pytest.raises(InputError, match=r"'blue' becomes '<unk>'") as error:
+    with pytest.raises(InputError, match=r"'blue.*' becomes '<unk>'") as error:
         processor.encode([message("assistant", "blue")], origin="a.json: record 1")
     assert error.value.where == "a.json: record 1"
 
