@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 
 from symphony_vlm.errors import InputError
 from symphony_vlm.serving.gradio_app import launch
@@ -26,7 +25,7 @@ def main() -> None:
     try:
         launch(arguments.model, host=arguments.host, port=arguments.port)
     except InputError as error:
-        sys.exit(f"error: {error}")
+        parser.exit(2, f"error: {error}\n")
 
 
 if __name__ == "__main__":

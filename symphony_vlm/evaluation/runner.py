@@ -90,9 +90,11 @@ def evaluate(plan: EvaluationPlan, output: Path, *, console: Console | None = No
     if "frost" in plan.corruptions:
         find_frost_textures()
     start = time.monotonic()
-    model = load(plan.model)
+    # The cheap checks first: loading a large model takes minutes.
+    resolve_model_folder(plan.model)
     items = {task.name: list(task.load(plan.data, plan.image_folder, output / "data", plan.seed)) for task in tasks}
-    _check_manifest(plan, output, items)
+    model = load(plan.model)
+    manifest = _check_manifest(plan, output, items)
     router = model.config.moe["router"] if model.config.moe else "dense"
     cells = [cell for task in tasks for cell in _cells(task, plan)]
     chosen = {cell.file_name: _choose(items[cell.task.name], plan, cell) for cell in cells}
@@ -115,7 +117,9 @@ def evaluate(plan: EvaluationPlan, output: Path, *, console: Console | None = No
         "baselines": [b for task in tasks for b in constant_baselines(task.name, items[task.name], seed=plan.seed)],
         "provenance": provenance(
             seed=plan.seed,
-            model_sha256=_weights_hash(plan.model),
+            config_sha256=hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest(),
+            model_sha256=manifest["model_sha256"],
+            items_sha256=manifest["items_sha256"],
             corruption_canary=canary(),
             wall_seconds=round(time.monotonic() - start, 1),
         ),
@@ -206,7 +210,7 @@ def _print_cell(
     console.print(f"{cell.task.name} {cell.corruption} {cell.severity}: {shown}  ({done}/{total}, {left:.0f} s left)")
 
 
-def _check_manifest(plan: EvaluationPlan, output: Path, items: dict[str, list[EvaluationItem]]) -> None:
+def _check_manifest(plan: EvaluationPlan, output: Path, items: dict[str, list[EvaluationItem]]) -> dict[str, Any]:
     """Writes the manifest; a folder with another one is refused, since its predictions would be mixed."""
     digest = hashlib.sha256()
     for name, listed in items.items():
@@ -237,6 +241,7 @@ def _check_manifest(plan: EvaluationPlan, output: Path, items: dict[str, list[Ev
                 remedy="Give another --output.",
             )
     write_json(path, manifest)
+    return manifest
 
 
 def _weights_hash(model: str) -> str:

@@ -66,8 +66,8 @@ class SymphonyVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
-    # Loading in bfloat16 must leave routers and graphs in fp32.
-    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["router"]
+    # Loading in bfloat16 must leave gates and graphs in fp32 (and the graphs' integer counters alone).
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["router.gate", "router.expert_graph.adjacency_EE"]
 
     def __init__(self, config: SymphonyVLMConfig) -> None:
         super().__init__(config)
@@ -199,6 +199,11 @@ class SymphonyVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             part.train(mode and any(parameter.requires_grad for parameter in part.parameters()))
         return self
 
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, but the image placeholder is never an answer: the next step would want an image there."""
+        kwargs["suppress_tokens"] = sorted({self.config.image_token_id, *(kwargs.get("suppress_tokens") or ())})
+        return super().generate(*args, **kwargs)
+
     def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Images enter with the prompt; with a cache, later steps have only new text tokens."""
         images = {name: kwargs.pop(name, None) for name in ("pixel_values", "image_features")}
@@ -277,10 +282,15 @@ class SymphonyVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         with a Symphony router.
         """
         wants_info = kwargs.pop("output_loading_info", False)
+        # Transformers' own error for a mismatch names no weight; let it pass there and raise ours below.
+        kwargs["ignore_mismatched_sizes"] = True
         model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
         missing = sorted(key for key in info["missing_keys"] if ".expert_graph." not in key)
         faults = {"missing": missing, "unexpected": sorted(info["unexpected_keys"])}
-        faults["mismatched"] = [str(key) for key in info["mismatched_keys"]]
+        faults["mismatched"] = [
+            f"{key}: {tuple(saved)} in the file, {tuple(needed)} in the model"
+            for key, saved, needed in sorted(info["mismatched_keys"])
+        ]
         problems = [f"{len(keys)} {kind} ({', '.join(keys[:3])})" for kind, keys in faults.items() if keys]
         if problems:
             raise InputError(
@@ -298,9 +308,9 @@ def _align_memory(model: nn.Module) -> None:
     Matrix kernels take other paths there and round differently, so that a loaded model would differ from the saved
     one in the last bit.
     """
-    for parameter in model.parameters():
-        if parameter.device.type == "cpu" and parameter.data_ptr() % 64:
-            parameter.data = parameter.data.clone()
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
+            tensor.data = tensor.data.clone()
 
 
 register("model")

@@ -66,6 +66,7 @@ class ChatSession:
         self._turns: tuple[Message, ...] = ()
         self._features: tuple[Tensor, ...] = ()
         self._pending: list[_Picture] = []
+        self._generation: _Generation | None = None
         self._answering = False
 
     @property
@@ -112,7 +113,7 @@ class ChatSession:
     ) -> Generator[str, None, None]:
         """The answer piece by piece, as it is generated; the pieces joined are the answer.
 
-        Close the iterator to stop early.
+        Close the iterator to give the turn up, or call `stop` to keep the answer so far.
 
         Args:
             text: the user's words.
@@ -132,6 +133,14 @@ class ChatSession:
         # A generated placeholder would be a picture that does not exist.
         arguments = {"max_new_tokens": turn.room, "suppress_tokens": sorted(suppressed), **sampling, **generation}
         return self._answer(turn, arguments)
+
+    def stop(self) -> None:
+        """Ends the answer after the token it is at, from any thread; what was generated so far is the answer.
+
+        Without an answer in progress this does nothing.
+        """
+        if (generation := self._generation) is not None:
+            generation.stop()
 
     def _require_idle(self) -> None:
         if self._answering:
@@ -159,13 +168,12 @@ class ChatSession:
     def _answer(self, turn: _Turn, arguments: dict[str, Any]) -> Generator[str, None, None]:
         self._require_idle()
         self._answering = True
-        generation = None
         try:
             inputs = {name: tensor.to(self.model.device) for name, tensor in turn.prompt.items()}
             features = (*self._features, *(self._encode(picture) for picture in turn.pictures))
             if features:
                 inputs["image_features"] = torch.cat(features)
-            generation = _Generation(self.model, self._processor, {**inputs, **arguments})
+            self._generation = generation = _Generation(self.model, self._processor, {**inputs, **arguments})
             visible = _VisibleText(self._answer_end())
             for piece in generation.pieces():
                 if new := visible.add(piece):
@@ -177,8 +185,9 @@ class ChatSession:
                 yield rest
             self._commit(turn, answer, features)
         finally:
-            if generation is not None:
-                generation.close()
+            if self._generation is not None:
+                self._generation.close()
+            self._generation = None
             self._answering = False
 
     @torch.no_grad()

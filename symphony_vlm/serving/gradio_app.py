@@ -14,7 +14,7 @@ import socket
 import tempfile
 import threading
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +46,7 @@ _PREVIEW_SIDE = 640
 _EXAMPLE_SIDE = 256
 _EXAMPLE_KINDS = ("color", "count", "position", "yes_no")
 _FORGET_SECONDS = 24 * 3600
+_PATIENCE_SECONDS = 10.0
 _WAITING = "…"
 """Stands in the answer's place until its first word."""
 
@@ -54,6 +55,9 @@ _log = logging.getLogger(__name__)
 Shown = dict[str, Any]
 """A message as the page's chat shows it."""
 
+Update = tuple[Any, Any]
+"""New values of the chat and of the question box."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Example:
@@ -61,12 +65,25 @@ class _Example:
     question: str
 
 
-@dataclass(kw_only=True)
 class _Visitor:
-    """One open page."""
+    """One open page. gradio copies the empty one for each page; events change their page's in place.
 
-    session: ChatSession
-    shown: list[Shown] = field(default_factory=list)
+    Attributes:
+        session: what the model remembers; None before the first question.
+        shown: what the page shows.
+        conversation: counts new chats, so that an answer still on its way notices that nobody waits for it.
+        idle: set while no answer is being written.
+    """
+
+    def __init__(self) -> None:
+        self.session: ChatSession | None = None
+        self.shown: list[Shown] = []
+        self.conversation = 0
+        self.idle = threading.Event()
+        self.idle.set()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Visitor:
+        return _Visitor()
 
 
 def launch(model_name: str, *, host: str = "127.0.0.1", port: int = 7860, block: bool = True) -> gr.Blocks:
@@ -123,7 +140,7 @@ def build_app(model_name: str) -> gr.Blocks:
         title=f"{title} · symphony_vlm", analytics_enabled=False, fill_height=True, delete_cache=(3600, _FORGET_SECONDS)
     ) as app:
         page = _Page(model, _draw_examples(uploads / "examples"), uploads)
-        page.build(title)
+        page.build(app, title)
     return app
 
 
@@ -136,13 +153,13 @@ class _Page:
         self._examples = examples
         self._uploads = uploads
 
-    def build(self, title: str) -> None:
-        """Lays the page out, inside the current ``gr.Blocks``."""
+    def build(self, app: gr.Blocks, title: str) -> None:
+        """Lays the page out, inside the open ``with app``."""
         gr = self._gr
         with gr.Row(elem_id="top"):
             gr.HTML(_header(title, _router_text(self._model)), elem_id="header", padding=False)
             self._new = gr.Button("New chat", elem_id="new", variant="secondary", size="sm", scale=0)
-        self._visitor = gr.State(None)
+        self._visitor = gr.State(_Visitor())
         self._chat = gr.Chatbot(
             elem_id="chat",
             show_label=False,
@@ -157,7 +174,6 @@ class _Page:
             allow_tags=False,
             allow_file_downloads=False,
             feedback_options=None,
-            group_consecutive_messages=False,
             placeholder=_PLACEHOLDER,
             examples=[{"text": e.question, "icon": str(e.picture)} for e in self._examples],
         )
@@ -182,9 +198,11 @@ class _Page:
                 0.0, 1.5, value=0.0, step=0.1, label="Temperature", info="0 always gives the likeliest answer."
             )
         self._connect()
+        # Once stored by an event, a page's state is dropped an hour after the page was closed.
+        app.load(_keep, self._visitor, self._visitor, queue=False, api_visibility="private")
 
     def _connect(self) -> None:
-        outputs = [self._chat, self._box, self._visitor]
+        outputs = [self._chat, self._box]
         settings = [self._length, self._temperature, self._visitor]
         # One model: both ways of asking wait in one line.
         model_queue: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "minimal"}
@@ -194,76 +212,98 @@ class _Page:
         picked = self._chat.example_select(self.ask_example, settings, outputs, api_visibility="private", **model_queue)
         for event in (asked, picked):
             event.then(None, js=_AFTER_ANSWER)
-        quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", "cancels": [asked, picked]}
-        self._box.stop(self.stopped, [self._visitor], outputs, api_visibility="private", **quick)
-        self._new.click(self.start_over, None, outputs, api_name="new_conversation", **quick)
-        self._chat.clear(self.start_over, None, outputs, api_visibility="private", **quick)
+        # These must not wait behind the answer that they end.
+        at_once: dict[str, Any] = {"concurrency_id": "at_once", "concurrency_limit": None, "show_progress": "hidden"}
+        self._box.stop(self.stop, [self._visitor], None, api_visibility="private", **at_once)
+        at_once["cancels"] = [asked, picked]
+        self._new.click(self.start_over, [self._visitor], outputs, api_name="new_chat", **at_once)
+        self._chat.clear(self.start_over, [self._visitor], outputs, api_visibility="private", **at_once)
 
     def ask(
-        self, message: dict[str, Any] | None, max_new_tokens: int, temperature: float, visitor: _Visitor | None
-    ) -> Iterator[tuple[Any, Any, _Visitor]]:
+        self, message: dict[str, Any] | None, max_new_tokens: int, temperature: float, visitor: _Visitor
+    ) -> Iterator[Update]:
         """Answers what is in the question box."""
         text = (message or {}).get("text") or ""
         files = [Path(file) for file in (message or {}).get("files") or []]
         yield from self._turn(text.strip(), files, max_new_tokens, temperature, visitor)
 
-    def ask_example(
-        self, max_new_tokens: int, temperature: float, visitor: _Visitor | None, event: Any
-    ) -> Iterator[tuple[Any, Any, _Visitor]]:
+    def ask_example(self, max_new_tokens: int, temperature: float, visitor: _Visitor, event: Any) -> Iterator[Update]:
         """Asks the example that was clicked."""
         # Only the number is taken from the browser.
         example = self._examples[int(event.index) % len(self._examples)]
         yield from self._turn(example.question, [example.picture], max_new_tokens, temperature, visitor)
 
-    def stopped(self, visitor: _Visitor | None) -> tuple[Any, Any, _Visitor]:
-        """Tidies up after the stop button has ended an answer."""
-        visitor = visitor or self._new_visitor()
-        _drop_waiting(visitor.shown)
-        visitor.shown.append(_notice("Stopped", "The model will not remember this question."))
-        return visitor.shown, self._open_box(), visitor
+    def stop(self, visitor: _Visitor) -> None:
+        """Ends the answer that is being written; what is there stays."""
+        if visitor.session is not None:
+            visitor.session.stop()
 
-    def start_over(self) -> tuple[Any, Any, _Visitor]:
+    def start_over(self, visitor: _Visitor) -> Update:
         """An empty conversation."""
-        return [], self._open_box(value=None), self._new_visitor()
+        self.stop(visitor)
+        visitor.conversation += 1
+        # What it wrote last must reach the page before the page is cleared.
+        visitor.idle.wait(timeout=_PATIENCE_SECONDS)
+        visitor.session, visitor.shown = None, []
+        return [], self._open_box(value=None)
 
     def _turn(
-        self, text: str, files: Sequence[Path], max_new_tokens: int, temperature: float, visitor: _Visitor | None
-    ) -> Generator[tuple[Any, Any, _Visitor], None, None]:
-        visitor = visitor or self._new_visitor()
-        shown = visitor.shown
-        kept_text: str | None = None
+        self, text: str, files: Sequence[Path], max_new_tokens: int, temperature: float, visitor: _Visitor
+    ) -> Generator[Update, None, None]:
+        visitor.idle.clear()
+        try:
+            yield from self._answer(text, files, max_new_tokens, temperature, visitor)
+        finally:
+            visitor.idle.set()
+
+    def _answer(
+        self, text: str, files: Sequence[Path], max_new_tokens: int, temperature: float, visitor: _Visitor
+    ) -> Generator[Update, None, None]:
+        conversation, shown = visitor.conversation, visitor.shown
+        kept: dict[str, Any] = {}
         try:
             pictures, fault = _read_uploads(files)
             shown.append(self._question(text, pictures))
-            yield shown, self._closed_box(), visitor
+            yield shown, self._closed_box()
             if fault is not None:
-                kept_text = text
+                kept = {"value": {"text": text, "files": []}}
                 raise fault
-            for picture in pictures:
-                visitor.session.add_image(picture)
-            pieces = visitor.session.stream(text, max_new_tokens=int(max_new_tokens), temperature=float(temperature))
-            shown.append(_said("assistant", _WAITING))
-            yield shown, self._gr.skip(), visitor
-            answer = ""
-            for piece in pieces:
-                answer += piece
-                shown[-1] = _said("assistant", answer)
-                yield shown, self._gr.skip(), visitor
-            if not answer:
+            answer = _said("assistant", _WAITING)
+            shown.append(answer)
+            for written in self._write(visitor, text, pictures, max_new_tokens, temperature):
+                answer["content"] = _said("assistant", written or _WAITING)["content"]
+                if visitor.conversation != conversation:
+                    return
+                yield shown, self._gr.skip()
+            if answer["content"][0]["text"] == _WAITING:
                 shown[-1] = _notice("Empty answer", "The model ended its answer before the first word.")
         except InputError as error:
             _show_fault(shown, _for_visitors(error))
         except Exception as error:
             _log.exception("a question could not be answered")
             _show_fault(shown, f"{type(error).__name__}: {_first_line(str(error))}")
+        if visitor.conversation == conversation:
+            yield shown, self._open_box(**kept)
+
+    def _write(
+        self, visitor: _Visitor, text: str, pictures: Sequence[Image.Image], max_new_tokens: int, temperature: float
+    ) -> Iterator[str]:
+        """The answer as far as it is written, again and again; first an empty one."""
+        from symphony_vlm.serving.chat import ChatSession
+
+        session = visitor.session = visitor.session or ChatSession(self._model)
+        try:
+            for picture in pictures:
+                session.add_image(picture)
+            pieces = session.stream(text, max_new_tokens=int(max_new_tokens), temperature=float(temperature))
+            written = ""
+            yield written
+            for piece in pieces:
+                written += piece
+                yield written
         finally:
-            # Pictures of a turn that failed or was stopped must not slip into the next question.
-            visitor.session.drop_images()
-        yield (
-            shown,
-            self._open_box(**({} if kept_text is None else {"value": {"text": kept_text, "files": []}})),
-            visitor,
-        )
+            # Pictures of a turn that failed must not slip into the next question.
+            session.drop_images()
 
     def _question(self, text: str, pictures: Sequence[Image.Image]) -> Shown:
         message = _said("user", text)
@@ -286,14 +326,13 @@ class _Page:
     def _closed_box(self) -> Any:
         return self._gr.update(value=None, interactive=False, submit_btn=False, stop_btn=True)
 
-    def _new_visitor(self) -> _Visitor:
-        from symphony_vlm.serving.chat import ChatSession
-
-        return _Visitor(session=ChatSession(self._model))
-
     def _positions(self) -> int:
         positions = getattr(self._model.config.text_config, "max_position_embeddings", None)
         return int(positions) if positions else MAX_NEW_TOKENS
+
+
+def _keep(visitor: _Visitor) -> _Visitor:
+    return visitor
 
 
 def _read_uploads(files: Sequence[Path]) -> tuple[list[Image.Image], InputError | None]:
@@ -332,13 +371,9 @@ def _notice(title: str, text: str) -> Shown:
     return {**_said("assistant", text), "metadata": {"title": title}}
 
 
-def _drop_waiting(shown: list[Shown]) -> None:
+def _show_fault(shown: list[Shown], text: str) -> None:
     if shown and shown[-1] == _said("assistant", _WAITING):
         shown.pop()
-
-
-def _show_fault(shown: list[Shown], text: str) -> None:
-    _drop_waiting(shown)
     shown.append(_notice("⚠️ Not answered", text))
 
 
@@ -390,13 +425,14 @@ def _router_text(model: SymphonyVLMForConditionalGeneration) -> str:
     moe = model.config.moe_config
     if moe is None:
         return "dense, no router"
-    return f"{moe.router} · {moe.num_experts} experts, top {moe.num_experts_per_tok}"
+    return f"{moe.router}, {moe.num_experts_per_tok} of {moe.num_experts} experts"
 
 
 def _header(title: str, router: str) -> str:
     return (
         f'<div class="head">{_LOGO}<div><h1>{html.escape(title)}</h1>'
-        f'<p><span class="vendor">symphony_vlm</span><span class="chip" title="Router">{html.escape(router)}</span></p></div></div>'
+        f'<p><span class="vendor">symphony_vlm</span><span class="chip" title="Router">{html.escape(router)}</span></p>'
+        "</div></div>"
     )
 
 
@@ -473,7 +509,7 @@ _AFTER_ANSWER = """() => setTimeout(() => {
   }
   // With a touch screen the cursor would bring the keyboard up.
   if (matchMedia("(hover: hover)").matches) document.querySelector("#question textarea")?.focus();
-}, 150)"""
+}, 400)"""
 
 _LOGO = (
     '<svg class="logo" viewBox="0 0 40 40" aria-hidden="true"><rect width="40" height="40" rx="10"/>'

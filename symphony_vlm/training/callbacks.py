@@ -46,7 +46,7 @@ class CheckpointMark(TrainerCallback):
 
 
 class JsonLog(TrainerCallback):
-    """One JSON line per log step in the run's ``log.jsonl``.
+    """One JSON line per log step and per evaluation in the run's ``log.jsonl``.
 
     When a stage continues from a checkpoint, the lines that the killed process wrote after it are cut, so that the
     file reads as if there had been no interruption.
@@ -70,7 +70,8 @@ class JsonLog(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if state.is_world_process_zero and logs:
+        # The Trainer's summary at the end covers the last start only, so a continued run would have another.
+        if state.is_world_process_zero and logs and "train_runtime" not in logs:
             numbers = {key: value for key, value in logs.items() if isinstance(value, (int, float))}
             entry = {"stage": self._stage, "step": state.global_step, **numbers}
             with self._path.open("a") as file:

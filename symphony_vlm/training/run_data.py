@@ -39,6 +39,12 @@ class SampleList(Sequence[Sample]):
         joined._where = [place for part in lists for place in part._where]
         return joined
 
+    def with_images(self) -> SampleList:
+        """Those that have an image."""
+        kept = SampleList([])
+        kept._where = [(source, index) for source, index in self._where if source[index].images]
+        return kept
+
     def __len__(self) -> int:
         return len(self._where)
 

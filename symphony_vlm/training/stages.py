@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from rich.console import Console
 from torch import nn
-from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainerState, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
+from transformers.trainer import TRAINER_STATE_NAME
 
 from symphony_vlm.config.recipe import Recipe, StageConfig
 from symphony_vlm.data.collator import ConversationCollator, ConversationDataset
@@ -76,7 +77,10 @@ def run_stage(stage: StageConfig, context: RunContext) -> None:
 
 
 def _run_contrastive(stage: StageConfig, context: RunContext) -> None:
-    train, validation = context.data.get(stage)
+    everything, held_out = context.data.get(stage)
+    train, validation = everything.with_images(), held_out.with_images()
+    if len(train) < len(everything):
+        context.console.print(f"{stage.name}: {len(everything) - len(train)} records without an image left out")
     architecture = context.recipe.model.vision.architecture
     if architecture is None:
         raise InputError(
@@ -203,6 +207,7 @@ def _trainer(
         **_checkpointing(stage),
         logging_steps=stage.log_steps,
         logging_first_step=True,
+        logging_nan_inf_filter=False,
         eval_strategy="steps" if has_validation else "no",
         eval_steps=save_steps,
         save_strategy="steps",
@@ -246,12 +251,20 @@ def _fit(trainer: StageTrainer, stage: StageConfig, context: RunContext) -> None
     known = context.state.get(stage.name)
     context.state.set(stage.name, status="running", step=int(checkpoint.name.split("-")[1]) if checkpoint else 0)
     start = time.monotonic()
-    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if checkpoint and _is_last(checkpoint):
+        # Killed after the last step, before the model was saved. The Trainer would train one more step.
+        trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        trainer._load_from_checkpoint(str(checkpoint))
+    else:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = round(known.get("seconds", 0.0) + time.monotonic() - start, 1)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    context.state.set(
-        stage.name, step=result.global_step, loss=losses[-1] if losses else result.training_loss, seconds=seconds
-    )
+    context.state.set(stage.name, step=trainer.state.global_step, loss=losses[-1], seconds=seconds)
+
+
+def _is_last(checkpoint: Path) -> bool:
+    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    return state.global_step >= state.max_steps
 
 
 def _replace_folder(folder: Path, save: Callable[[Path], None]) -> None:

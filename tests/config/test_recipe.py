@@ -36,7 +36,7 @@ def test_two_stages_that_upcycle_are_refused(values: dict[str, Any]) -> None:
 
 def test_upcycling_without_moe_settings_is_refused(values: dict[str, Any]) -> None:
     values["model"]["moe"] = None
-    with pytest.raises(ValidationError, match="'instruct' upcycles but model.moe is not set"):
+    with pytest.raises(ValidationError, match=r"'instruct' upcycles but model.moe is not set"):
         Recipe.model_validate(values)
 
 
@@ -64,7 +64,7 @@ def test_a_learning_rate_is_accepted_for_each_module_and_for_parts_of_it(prefix:
 
 
 def test_a_learning_rate_for_no_module_names_the_nearest() -> None:
-    with pytest.raises(ValidationError, match="'projectr' is in none of the modules .*; did you mean 'projector'"):
+    with pytest.raises(ValidationError, match=r"'projectr' is in none of the modules .*; did you mean 'projector'"):
         StageConfig(name="a", kind="multimodal", train={"projectr": 1e-3})
 
 
@@ -83,7 +83,7 @@ def test_a_stage_name_is_a_safe_folder_name(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "roles"), [("train", ["train"]), ("captions", ["captions"]), (["captions", "train"], ["captions", "train"])]
+    ("data", "roles"), [("train", ["train"]), ("captions", ["captions"]), (["captions", "train"],) * 2]
 )
 def test_roles_are_a_list_however_they_were_given(data: Any, roles: list[str]) -> None:
     assert StageConfig(name="a", kind="text", data=data).roles == roles

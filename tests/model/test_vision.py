@@ -104,9 +104,7 @@ def test_positive_layers_count_from_the_first_block(layer: int, same: int) -> No
 
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("kind", HUGGING_FACE)
-def test_a_hugging_face_tower_gives_the_hidden_states_of_the_saved_model(
-    kind: str, layer: int, tmp_path: Path
-) -> None:
+def test_a_hugging_face_tower_gives_the_hidden_states_of_the_saved_model(kind: str, layer: int, tmp_path: Path) -> None:
     source = save_hugging_face(kind, tmp_path)
     size = source.config.image_size
     images = pixels(size)

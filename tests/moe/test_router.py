@@ -228,7 +228,7 @@ def test_jitter_moves_the_input_within_its_width_and_only_in_training() -> None:
     jittered_TE = router.train()(x_TD).logits_TE
     assert jittered_TE.min() >= 1 - noise and jittered_TE.max() <= 1 + noise
     # The standard deviation of a uniform variable is its width / sqrt(12); 2000 draws give it to about 1.5 %.
-    assert float(jittered_TE.std()) == pytest.approx(2 * noise / math.sqrt(12), rel=0.08)
+    assert jittered_TE.std().item() == pytest.approx(2 * noise / math.sqrt(12), rel=0.08)
 
 
 def test_hard_membership_is_the_one_hot_of_the_selected_set_without_padding() -> None:

@@ -1,0 +1,174 @@
+"""The chat page in a real browser. Screenshots are left in pytest's temporary folder."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from symphony_vlm.serving import gradio_app
+from symphony_vlm.serving.chat import ChatSession
+
+pytestmark = pytest.mark.browser
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+BUBBLE = {"user": "#chat .user.message", "bot": "#chat .bot.message"}
+TIMEOUT_MS = 20_000
+
+
+@pytest.fixture(scope="module")
+def url(tiny_model_folder: Path) -> Iterator[str]:
+    app = gradio_app.launch(str(tiny_model_folder), port=0, block=False)
+    yield app.local_url
+    app.close(verbose=False)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if CHROMIUM is None:
+        pytest.skip("chromium is not installed")
+    with sync_api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+class Page:
+    """The page as a visitor uses it."""
+
+    def __init__(self, browser: Any, url: str, *, width: int = 1280, height: int = 900, theme: str = "light") -> None:
+        self.page = browser.new_page(viewport={"width": width, "height": height})
+        self.page.set_default_timeout(TIMEOUT_MS)
+        self.problems: list[str] = []
+        self.outside: list[str] = []
+        self.page.on("pageerror", lambda error: self.problems.append(str(error)))
+        self.page.on("console", lambda line: self.problems.append(line.text) if line.type == "error" else None)
+        self.page.on("request", lambda request: self._note_request(request.url, url))
+        self.page.goto(f"{url}?__theme={theme}", wait_until="domcontentloaded")
+        self.page.wait_for_selector("#chat button.example")
+
+    def _note_request(self, requested: str, url: str) -> None:
+        if not requested.startswith((url, "data:", "blob:")):
+            self.outside.append(requested)
+
+    def attach(self, file: Path) -> None:
+        self.page.set_input_files("#question input[type=file]", str(file))
+        self.page.wait_for_selector("#question .thumbnail-item")
+
+    def ask(self, text: str) -> None:
+        """Sends a question and waits until the box is open again."""
+        asked = self.count("user")
+        self.page.fill("#question textarea", text)
+        self.page.click("#question .submit-button")
+        self.wait_for_answer(asked)
+
+    def wait_for_answer(self, asked: int) -> None:
+        """Waits until there is one more question and the cursor, gone meanwhile, is back in the box."""
+        self.page.wait_for_function(
+            f"document.querySelectorAll('{BUBBLE['user']}').length > {asked}"
+            " && document.activeElement === document.querySelector('#question textarea')"
+        )
+
+    def count(self, role: str) -> int:
+        return int(self.page.locator(BUBBLE[role]).count())
+
+    def last(self, role: str) -> str:
+        return str(self.page.locator(BUBBLE[role]).last.inner_text())
+
+
+@pytest.fixture
+def red(tmp_path: Path) -> Path:
+    path = tmp_path / "red.png"
+    Image.new("RGB", (320, 240), "red").save(path)
+    return path
+
+
+def test_upload_ask_break_and_go_on(browser: Any, url: str, red: Path, tmp_path: Path) -> None:
+    page = Page(browser, url)
+    page.page.screenshot(path=tmp_path / "empty.png")
+    assert "symphony_smoe" in page.page.inner_text("#header")
+
+    page.attach(red)
+    page.ask("What color is <b>it</b>?")
+    assert "What color is <b>it</b>?" in page.last("user")
+    assert page.page.locator("#chat .user.message img").count() == 1
+    assert page.last("bot").strip() not in ("", "…")
+    page.page.screenshot(path=tmp_path / "answer.png")
+
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"not a picture")
+    page.attach(broken)
+    page.ask("And this one?")
+    assert "Image 'broken.png' is not an image" in page.last("bot")
+    assert page.page.input_value("#question textarea") == "And this one?"
+    page.page.screenshot(path=tmp_path / "error.png")
+
+    page.ask("And now?")
+    assert "Not answered" not in page.last("bot")
+    page.page.click("#new")
+    page.page.wait_for_selector("#chat button.example")
+    assert page.count("user") == 0
+    assert page.problems == []
+    assert page.outside == []
+
+
+def test_an_example_answers_with_one_click(browser: Any, url: str) -> None:
+    page = Page(browser, url)
+    question = page.page.locator("#chat .example-text").nth(1).inner_text()
+    page.page.locator("#chat button.example").nth(1).click()
+    page.wait_for_answer(0)
+    assert question in page.last("user")
+    assert page.page.locator("#chat .user.message img").count() == 1
+
+
+def test_stop_keeps_what_is_written_and_new_chat_clears_it(
+    browser: Any, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stream(self: ChatSession, text: str, **settings: Any) -> Iterator[str]:
+        for number in range(200):
+            if stopped:
+                return
+            yield f"{number} "
+            time.sleep(0.05)
+
+    stopped: list[int] = []
+    monkeypatch.setattr(ChatSession, "stream", stream)
+    monkeypatch.setattr(ChatSession, "stop", lambda self: stopped.append(1))
+    page = Page(browser, url)
+    page.page.fill("#question textarea", "Count.")
+    page.page.click("#question .submit-button")
+    page.page.wait_for_selector(f"{BUBBLE['bot']}:has-text('3')")
+    page.page.click("#question .stop-button")
+    page.page.wait_for_selector("#question .submit-button")
+    assert page.last("bot").strip().startswith("0 1 2 3")
+
+    stopped.clear()
+    page.page.fill("#question textarea", "Again.")
+    page.page.click("#question .submit-button")
+    page.page.wait_for_selector(f"{BUBBLE['bot']} >> nth=1")
+    page.page.click("#new")
+    page.page.wait_for_selector("#chat button.example")
+    page.page.wait_for_timeout(500)
+    assert page.count("bot") == 0
+    assert page.page.is_enabled("#question textarea")
+
+
+@pytest.mark.parametrize(("width", "height"), [(1280, 900), (390, 844)])
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_page_fits_the_window(browser: Any, url: str, tmp_path: Path, width: int, height: int, theme: str) -> None:
+    page = Page(browser, url, width=width, height=height, theme=theme)
+    page.page.locator("#chat button.example").first.click()
+    page.wait_for_answer(0)
+    for question in ("One?", "Two?", "Three?"):
+        page.ask(question)
+    page.page.screenshot(path=tmp_path / f"{width}_{theme}.png")
+    size = page.page.evaluate("[document.documentElement.scrollWidth, document.documentElement.scrollHeight]")
+    assert size == [width, height]
+    box = page.page.locator("#question .submit-button").bounding_box()
+    assert box["y"] + box["height"] < height

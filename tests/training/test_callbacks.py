@@ -1,0 +1,109 @@
+"""The logs beside the training loop, when lines are torn or must be taken back."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+from rich.console import Console
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from symphony_vlm.moe.configuration import MoEConfig
+from symphony_vlm.moe.recording import RoutingRecorder
+from symphony_vlm.training.callbacks import COMPLETE_MARK, CheckpointMark, JsonLog, ProgressDisplay, RoutingLog
+
+
+def _state(step: int, *, max_steps: int = 10) -> TrainerState:
+    return TrainerState(global_step=step, max_steps=max_steps, is_world_process_zero=True)
+
+
+def _arguments(folder: Path) -> TrainingArguments:
+    return TrainingArguments(output_dir=str(folder), use_cpu=True, report_to=[])
+
+
+def _steps(path: Path) -> list[tuple[str, int]]:
+    return [(entry["stage"], entry["step"]) for entry in map(json.loads, path.read_text().splitlines())]
+
+
+def test_continuing_cuts_this_stages_later_lines_and_a_torn_one_and_keeps_the_rest(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    lines = [{"stage": stage, "step": step} for stage, step in (("a", 50), ("b", 4), ("b", 8), ("b", 10))]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"stage": "b", "st')
+    JsonLog(path, "b").on_train_begin(_arguments(tmp_path), _state(8), TrainerControl())
+    assert _steps(path) == [("a", 50), ("b", 4), ("b", 8)]
+
+
+def test_a_line_that_is_whole_but_for_its_end_is_torn_too(tmp_path: Path) -> None:
+    """Otherwise the next line would be appended to it."""
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"stage": "b", "step": 4}')
+    log = JsonLog(path, "b")
+    log.on_train_begin(_arguments(tmp_path), _state(4), TrainerControl())
+    log.on_log(_arguments(tmp_path), _state(6), TrainerControl(), logs={"loss": 1.0})
+    assert _steps(path) == [("b", 6)]
+
+
+def test_a_first_start_needs_no_log(tmp_path: Path) -> None:
+    JsonLog(tmp_path / "log.jsonl", "a").on_train_begin(_arguments(tmp_path), _state(0), TrainerControl())
+    assert not (tmp_path / "log.jsonl").exists()
+
+
+def test_only_numbers_are_logged_and_only_by_the_first_process(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    log = JsonLog(path, "a")
+    log.on_log(_arguments(tmp_path), _state(2), TrainerControl(), logs={"loss": 1.5, "note": "x"})
+    other = TrainerState(global_step=2, is_world_process_zero=False)
+    log.on_log(_arguments(tmp_path), other, TrainerControl(), logs={"loss": 2.5})
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"stage": "a", "step": 2, "loss": 1.5}]
+
+
+def test_the_routing_log_cuts_torn_and_later_lines(tmp_path: Path) -> None:
+    path = tmp_path / "routing.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "lay')
+    RoutingLog(path, RoutingRecorder(MoEConfig())).on_train_begin(_arguments(tmp_path), _state(2), TrainerControl())
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_a_checkpoint_is_marked_after_it_is_saved_and_reported_after_it_is_marked(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint-4"
+    folder.mkdir()
+    reported: list[tuple[int, bool]] = []
+    mark = CheckpointMark(lambda step: reported.append((step, (folder / COMPLETE_MARK).is_file())))
+    mark.on_save(_arguments(tmp_path), _state(4), TrainerControl())
+    assert reported == [(4, True)]
+
+
+def test_without_a_terminal_progress_is_plain_lines_with_rate_and_time_left(tmp_path: Path) -> None:
+    said = io.StringIO()
+    display = ProgressDisplay(Console(file=said, width=200), "instruct", seconds_between_lines=0.0)
+    arguments, control = _arguments(tmp_path), TrainerControl()
+    display.on_train_begin(arguments, _state(4), control)
+    display.on_log(arguments, _state(5), control, logs={"loss": 2.0})
+    display.on_step_end(arguments, _state(5), control)
+    lines = said.getvalue().splitlines()
+    assert lines[0] == "instruct: continuing after step 4"
+    assert lines[1].startswith("instruct: step 5/10  loss 2.000  ")
+    assert "steps/s" in lines[1]
+    assert lines[1].endswith("s left")
+
+
+def test_lines_are_sparse_but_the_last_step_is_always_shown(tmp_path: Path) -> None:
+    said = io.StringIO()
+    display = ProgressDisplay(Console(file=said, width=200), "instruct", seconds_between_lines=1000.0)
+    arguments, control = _arguments(tmp_path), TrainerControl()
+    display.on_train_begin(arguments, _state(0), control)
+    for step in range(1, 11):
+        display.on_step_end(arguments, _state(step), control)
+    assert [line.split("  ")[0] for line in said.getvalue().splitlines()] == ["instruct: step 10/10"]
+
+
+def test_on_a_terminal_progress_is_a_bar_and_the_bar_ends(tmp_path: Path) -> None:
+    said = io.StringIO()
+    display = ProgressDisplay(Console(file=said, width=120, force_terminal=True), "instruct")
+    arguments, control = _arguments(tmp_path), TrainerControl()
+    display.on_train_begin(arguments, _state(0), control)
+    display.on_step_end(arguments, _state(10), control)
+    display.on_train_end(arguments, _state(10), control)
+    assert "10/10" in said.getvalue()
+    assert said.getvalue().endswith("\x1b[?25h\n") or "\x1b[?25h" in said.getvalue(), "the cursor is back"
