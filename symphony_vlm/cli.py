@@ -33,7 +33,8 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="Settings, e.g. stag
 
 
 def _console() -> Console:
-    return Console(stderr=True, highlight=False)
+    # Log lines stay whole where there is no terminal to wrap them for.
+    return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def _finish(summary: dict[str, Any], as_json: bool, text: str) -> None:
@@ -110,7 +111,8 @@ def train(
     from symphony_vlm.training.run import train as run
 
     result = run(recipe, output or Path("runs") / recipe.name, console=_console())
-    _finish(result.to_dict(), json_, f"model: {result.run / 'model'} (step {result.step}, loss {result.loss:.4f})")
+    if os.environ.get("RANK", "0") == "0":
+        _finish(result.to_dict(), json_, f"model: {result.run / 'model'} (step {result.step}, loss {result.loss:.4f})")
 
 
 @app.command("eval")
@@ -286,6 +288,10 @@ def _mean(values: Any) -> float:
     return sum(numbers) / len(numbers) if numbers else float("nan")
 
 
+STOPPED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: runs a command and turns bad input into one line and exit code 2.
 
@@ -297,7 +303,9 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _quiet_libraries()
     try:
-        code = app(arguments, standalone_mode=False)
+        code = app(arguments, standalone_mode=False, prog_name="symphony-vlm")
+        if code == STOPPED:  # newer typer returns the code, older ones raise
+            raise KeyboardInterrupt
     except InputError as error:
         if debug:
             raise
@@ -307,7 +315,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(stop.exit_code)
     except (typer.Abort, KeyboardInterrupt):
         typer.secho("stopped; run the same command again to continue", err=True, fg="yellow")
-        sys.exit(130)
+        sys.exit(STOPPED)
     except Exception as error:  # our fault, or the machine's: one line unless somebody wants to debug it
         if debug or not _is_usage(error):
             if debug:

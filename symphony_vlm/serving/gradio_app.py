@@ -10,6 +10,7 @@ from __future__ import annotations
 import html
 import logging
 import os
+import signal
 import socket
 import tempfile
 import threading
@@ -115,7 +116,6 @@ def launch(model_name: str, *, host: str = "127.0.0.1", port: int = 7860, block:
         theme=_theme(),
         css=resources.files("symphony_vlm.serving").joinpath("gradio_app.css").read_text("utf-8"),
     )
-    typer.echo(f"Open {app.local_url} in a browser; Ctrl-C stops.", err=True)
     if block:
         _wait(app)
     return app
@@ -488,8 +488,13 @@ def _usable_port(host: str, port: int) -> int:
 
 
 def _wait(app: gr.Blocks) -> None:
+    stopped = threading.Event()
+    if threading.current_thread() is threading.main_thread():
+        # How containers stop a program; without this the uploads would stay behind.
+        signal.signal(signal.SIGTERM, lambda *_: stopped.set())
     try:
-        threading.Event().wait()
+        typer.echo(f"Open {app.local_url} in a browser; Ctrl-C stops.", err=True)
+        stopped.wait()
     except KeyboardInterrupt:
         typer.echo(err=True)
     finally:

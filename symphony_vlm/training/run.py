@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -15,6 +16,9 @@ from symphony_vlm.files import write_json
 from symphony_vlm.training.provenance import provenance
 from symphony_vlm.training.run_data import open_run_data
 from symphony_vlm.training.run_state import RunState
+
+if TYPE_CHECKING:
+    from symphony_vlm.training.stages import RunContext
 
 __all__ = ["TrainResult", "train"]
 
@@ -45,16 +49,40 @@ def train(recipe: Recipe, output: Path, *, console: Console | None = None) -> Tr
         InputError: the data or the settings cannot be used, or the folder holds another recipe's run.
     """
     console = console or Console(stderr=True)
-    state = RunState(output, recipe)
-    if all(state.is_done(stage.name) for stage in recipe.stages):
-        console.print(f"{output}: every stage is done")
-        return _result(recipe, output, state)
+    import torch
+    from accelerate import PartialState
 
+    from symphony_vlm.training.stages import run_stage
+
+    processes = PartialState(cpu=not torch.cuda.is_available())
+    if not processes.is_main_process:
+        console = Console(quiet=True)
+    # Files are made by the first process; the others find them.
+    with processes.main_process_first():
+        state = RunState(output, recipe, read_only=not processes.is_main_process)
+        if all(state.is_done(stage.name) for stage in recipe.stages):
+            console.print(f"{output}: every stage is done", markup=False)
+            return _result(recipe, output, state)
+        context = _open(recipe, output, state, console)
+    for stage in recipe.stages:
+        if not state.is_done(stage.name):
+            run_stage(stage, context)
+            if processes.is_main_process:
+                _write_training_record(output, stage.name)
+            state.set(stage.name, status="done")
+    if processes.is_main_process:
+        _link_model(output, recipe.stages[-1].name)
+    return _result(recipe, output, state)
+
+
+def _open(recipe: Recipe, output: Path, state: RunState, console: Console) -> RunContext:
+    """Checks the recipe, opens the data and the tokenizer, and records where the result comes from."""
     from symphony_vlm.training.parts import check_architectures, open_tokenizer
-    from symphony_vlm.training.stages import RunContext, run_stage
+    from symphony_vlm.training.stages import RunContext
 
     check_architectures(recipe.model)
-    data = open_run_data(recipe, output, console.print)
+    # Names and records may hold [/INST] and the like, which the console would take for markup.
+    data = open_run_data(recipe, output, partial(console.print, markup=False))
     tokenizer = _tokenizer_of(recipe.model.start) or open_tokenizer(
         recipe.model, output / "tokenizer", data.train.values()
     )
@@ -68,14 +96,7 @@ def train(recipe: Recipe, output: Path, *, console: Console | None = None) -> Tr
             counts=data.counts,
         ),
     )
-    context = RunContext(recipe=recipe, folder=output, data=data, tokenizer=tokenizer, state=state, console=console)
-    for stage in recipe.stages:
-        if not state.is_done(stage.name):
-            run_stage(stage, context)
-            _write_training_record(output, stage.name)
-            state.set(stage.name, status="done")
-    _link_model(output, recipe.stages[-1].name)
-    return _result(recipe, output, state)
+    return RunContext(recipe=recipe, folder=output, data=data, tokenizer=tokenizer, state=state, console=console)
 
 
 def _tokenizer_of(start: str | None) -> Any:

@@ -21,11 +21,17 @@ __all__ = ["RunState", "last_checkpoint"]
 class RunState:
     """``RUN/state.json``, replaced atomically at every change.
 
+    Args:
+        folder: the run's.
+        recipe: must be the one that the folder was begun with.
+        read_only: for all processes but the first; changes are kept in memory.
+
     Raises:
         InputError: the folder belongs to another recipe.
     """
 
-    def __init__(self, folder: Path, recipe: Recipe) -> None:
+    def __init__(self, folder: Path, recipe: Recipe, *, read_only: bool = False) -> None:
+        self._read_only = read_only
         self._path = folder / "state.json"
         self._recipe_path = folder / "recipe.resolved.yaml"
         values = json.loads(recipe.model_dump_json())
@@ -34,9 +40,10 @@ class RunState:
         self.values: dict[str, Any] = {"recipe": recipe.name, "recipe_sha256": digest, "stages": {}}
         if self._path.is_file() and self._continue(folder, values, digest):
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(self._recipe_path, resolved)
-        self._write()
+        if not read_only:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(self._recipe_path, resolved)
+            self._write()
 
     def _continue(self, folder: Path, values: dict[str, Any], digest: str) -> bool:
         """Takes over the state found; False if no stage had begun, e.g. because of a wrong path in the recipe."""
@@ -62,7 +69,8 @@ class RunState:
     def set(self, stage: str, **values: Any) -> None:
         """Records facts about a stage, e.g. ``status="running", step=120``."""
         self.values["stages"].setdefault(stage, {}).update(values)
-        self._write()
+        if not self._read_only:
+            self._write()
 
     def get(self, stage: str) -> dict[str, Any]:
         """What is known about a stage."""

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from rich.console import Console
 from torch import nn
 from transformers import TrainerCallback, TrainerState, TrainingArguments, set_seed
@@ -247,7 +248,8 @@ def _trainer(
 
 
 def _fit(trainer: StageTrainer, stage: StageConfig, context: RunContext) -> None:
-    checkpoint = last_checkpoint(context.folder / stage.name)
+    with PartialState().main_process_first():
+        checkpoint = last_checkpoint(context.folder / stage.name)
     known = context.state.get(stage.name)
     context.state.set(stage.name, status="running", step=int(checkpoint.name.split("-")[1]) if checkpoint else 0)
     start = time.monotonic()
@@ -269,11 +271,14 @@ def _is_last(checkpoint: Path) -> bool:
 
 def _replace_folder(folder: Path, save: Callable[[Path], None]) -> None:
     """Saves next to the target and renames: a folder called ``model`` is always complete."""
-    temporary = folder.with_name(".model.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    save(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    processes = PartialState()
+    if processes.is_main_process:
+        temporary = folder.with_name(".model.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        save(temporary)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+    processes.wait_for_everyone()
 
 
 def _total_steps(stage: StageConfig, num_samples: int, drop_last: bool) -> int:

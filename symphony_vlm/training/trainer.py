@@ -106,7 +106,10 @@ class StageTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means of the loss parts since the last log."""
         if "loss" in logs and self._part_sums:
-            weight = float(self._part_weight)
-            logs |= {name: round(float(total) / weight, 6) for name, total in self._part_sums.items()}
+            sums = torch.stack(list(self._part_sums.values()))
+            weight = torch.as_tensor(self._part_weight, device=sums.device, dtype=sums.dtype)
+            # Of all processes, as the loss itself.
+            weight, *totals = self.accelerator.reduce(torch.cat([weight[None], sums])).tolist()
+            logs |= {name: round(total / weight, 6) for name, total in zip(self._part_sums, totals, strict=True)}
             self._part_sums, self._part_weight = {}, 0.0
         super().log(logs, start_time)

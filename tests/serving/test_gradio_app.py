@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -226,3 +227,26 @@ def test_demo_entry_point(tmp_path: Path) -> None:
         assert done.returncode == 2
         assert message in done.stderr
         assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_demo_ends_politely_and_leaves_nothing_behind(
+    stop: signal.Signals, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "GRADIO_TEMP_DIR"}
+    command = [sys.executable, "-m", "demo.app", "--model", str(tiny_model_folder), "--port", "0"]
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env={**environment, "TMPDIR": str(tmp_path)}
+    ) as server:
+        assert server.stderr is not None
+        said = ""
+        while "Open http://127.0.0.1:" not in said:
+            line = server.stderr.readline()
+            assert line, said
+            said += line
+        assert list(tmp_path.glob("symphony_vlm-*"))
+        server.send_signal(stop)
+        said += server.communicate(timeout=60)[1]
+    assert server.returncode == 0
+    assert "Traceback" not in said
+    assert not list(tmp_path.glob("symphony_vlm-*"))

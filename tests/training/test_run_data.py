@@ -303,12 +303,21 @@ def test_skipping_leaves_bad_records_out_and_counts_and_names_them(
     code, out, lines = _train_by_command(short(good / "train.json", on_bad_sample="skip"), tmp_path, capsys, "--json")
     assert code == 0
     assert json.loads(out.splitlines()[-1])["step"] == 1
-    said = " ".join("\n".join(lines).split())
-    assert "10 records, 10 images, 2 faults; 6 to train on, 2 held out" in said
-    assert "3.png" in said
-    assert "8.png" in said
+    assert "train.json: 10 records, 10 images, 2 faults; 6 to train on, 2 held out" in lines
+    left_out = [line for line in lines if line.startswith("  left out: ")]
+    assert ["3.png" in left_out[0], "8.png" in left_out[1]] == [True, True]
     counts = json.loads((tmp_path / "run" / "provenance.json").read_text())["counts"]["train: train.json"]
     assert counts == {"records": 10, "images": 10, "faults": 2, "train": 6, "validation": 2}
+
+
+def test_a_skipped_record_may_contain_what_looks_like_markup(
+    good: Path, short: Callable[..., Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = [_record(i, f"{i}.png") for i in range(10)]
+    records[4]["conversations"][1] = "[INST] red [/INST]"
+    code, _, lines = _train_by_command(short(_write(good, records), on_bad_sample="skip"), tmp_path, capsys)
+    assert code == 0
+    assert any("[INST] red [/INST]" in line for line in lines)
 
 
 def test_nothing_left_to_train_on_is_an_error_even_when_skipping(
