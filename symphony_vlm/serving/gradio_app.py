@@ -15,16 +15,15 @@ import socket
 import tempfile
 import threading
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from symphony_vlm.data.images import load_image
-from symphony_vlm.data.sample import ImageRef
 from symphony_vlm.errors import InputError
+from symphony_vlm.serving.examples import Example, draw_examples
+from symphony_vlm.serving.page_style import header, page_title, router_text, stylesheet, theme
+from symphony_vlm.serving.uploads import MAX_UPLOAD_BYTES, MAX_UPLOAD_PIXELS, for_visitors, read_uploads
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -35,17 +34,11 @@ if TYPE_CHECKING:
 
 __all__ = ["MAX_UPLOAD_BYTES", "MAX_UPLOAD_PIXELS", "build_app", "launch"]
 
-MAX_UPLOAD_BYTES = 10 * 2**20
-MAX_UPLOAD_PIXELS = 50_000_000
-"""More than telephones take; decoded, about 150 MB."""
-
 MAX_NEW_TOKENS = 512
 MAX_WAITING = 32
 """Questions in the queue, over all visitors; the next one is told to come back later."""
 
 _PREVIEW_SIDE = 640
-_EXAMPLE_SIDE = 256
-_EXAMPLE_KINDS = ("color", "count", "position", "yes_no")
 _FORGET_SECONDS = 24 * 3600
 _PATIENCE_SECONDS = 10.0
 _WAITING = "…"
@@ -58,12 +51,6 @@ Shown = dict[str, Any]
 
 Update = tuple[Any, Any]
 """New values of the chat and of the question box."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Example:
-    picture: Path
-    question: str
 
 
 class _Visitor:
@@ -113,8 +100,8 @@ def launch(model_name: str, *, host: str = "127.0.0.1", port: int = 7860, block:
         ssr_mode=False,
         enable_monitoring=False,
         footer_links=[],
-        theme=_theme(),
-        css=resources.files("symphony_vlm.serving").joinpath("gradio_app.css").read_text("utf-8"),
+        theme=theme(_import_gradio()),
+        css=stylesheet(),
     )
     if block:
         _wait(app)
@@ -135,11 +122,11 @@ def build_app(model_name: str) -> gr.Blocks:
     model = load(model_name)
     uploads = _private_upload_folder()
     gr = _import_gradio()
-    title = _title(model_name)
+    title = page_title(model_name)
     with gr.Blocks(
         title=f"{title} · symphony_vlm", analytics_enabled=False, fill_height=True, delete_cache=(3600, _FORGET_SECONDS)
     ) as app:
-        page = _Page(model, _draw_examples(uploads / "examples"), uploads)
+        page = _Page(model, draw_examples(uploads / "examples"), uploads)
         page.build(app, title)
     return app
 
@@ -147,7 +134,7 @@ def build_app(model_name: str) -> gr.Blocks:
 class _Page:
     """The components and what happens between them."""
 
-    def __init__(self, model: SymphonyVLMForConditionalGeneration, examples: Sequence[_Example], uploads: Path) -> None:
+    def __init__(self, model: SymphonyVLMForConditionalGeneration, examples: Sequence[Example], uploads: Path) -> None:
         self._gr = _import_gradio()
         self._model = model
         self._examples = examples
@@ -157,7 +144,7 @@ class _Page:
         """Lays the page out, inside the open ``with app``."""
         gr = self._gr
         with gr.Row(elem_id="top"):
-            gr.HTML(_header(title, _router_text(self._model)), elem_id="header", padding=False)
+            gr.HTML(header(title, router_text(self._model)), elem_id="header", padding=False)
             self._new = gr.Button("New chat", elem_id="new", variant="secondary", size="sm", scale=0)
         self._visitor = gr.State(_Visitor())
         self._chat = gr.Chatbot(
@@ -262,7 +249,7 @@ class _Page:
         conversation, shown = visitor.conversation, visitor.shown
         kept: dict[str, Any] = {}
         try:
-            pictures, fault = _read_uploads(files)
+            pictures, fault = read_uploads(files)
             shown.append(self._question(text, pictures))
             yield shown, self._closed_box()
             if fault is not None:
@@ -278,7 +265,7 @@ class _Page:
             if answer["content"][0]["text"] == _WAITING:
                 shown[-1] = _notice("Empty answer", "The model ended its answer before the first word.")
         except InputError as error:
-            _show_fault(shown, _for_visitors(error))
+            _show_fault(shown, for_visitors(error))
         except Exception as error:
             _log.exception("a question could not be answered")
             _show_fault(shown, f"{type(error).__name__}: {_first_line(str(error))}")
@@ -335,29 +322,6 @@ def _keep(visitor: _Visitor) -> _Visitor:
     return visitor
 
 
-def _read_uploads(files: Sequence[Path]) -> tuple[list[Image.Image], InputError | None]:
-    """The pictures up to the first that cannot be read, and what is wrong with that one."""
-    pictures: list[Image.Image] = []
-    for file in files:
-        try:
-            pictures.append(_read_upload(file))
-        except InputError as error:
-            return pictures, error
-    return pictures, None
-
-
-def _read_upload(file: Path) -> Image.Image:
-    try:
-        size = file.stat().st_size
-        if size > MAX_UPLOAD_BYTES:
-            raise InputError(f"has {size:,} bytes; the limit is {MAX_UPLOAD_BYTES:,}", where=f"image {file.name!r}")
-        data = file.read_bytes()
-    except OSError as error:
-        raise InputError("the upload is gone", where=f"image {file.name!r}", remedy="Upload it again.") from error
-    # As bytes, so that messages name the upload and not where the server put it.
-    return load_image(ImageRef(data=data, name=file.name), max_pixels=MAX_UPLOAD_PIXELS)
-
-
 def _said(role: str, text: str) -> Shown:
     return {"role": role, "content": [{"type": "text", "text": _literal(text)}]}
 
@@ -377,63 +341,9 @@ def _show_fault(shown: list[Shown], text: str) -> None:
     shown.append(_notice("⚠️ Not answered", text))
 
 
-def _for_visitors(error: InputError) -> str:
-    """The message without remedies that only whoever runs the server could follow."""
-    verb = error.problem.startswith(("is ", "has "))
-    text = (
-        f"{error.where}{' ' if verb else ': '}{error.problem}" if error.where not in (None, "chat") else error.problem
-    )
-    text = text.rstrip(".")
-    remedy = error.remedy if error.where == "chat" else "Choose another picture." if "image" in text else None
-    return f"{text[:1].upper()}{text[1:]}. {remedy or ''}".strip()
-
-
 def _first_line(text: str) -> str:
     line = text.strip().split("\n")[0]
     return line if len(line) <= 200 else f"{line[:199]}…"
-
-
-def _draw_examples(folder: Path) -> list[_Example]:
-    """Example pictures with questions from the built-in scenes: nothing to download."""
-    import numpy as np
-
-    from symphony_vlm.data.scenes import draw_scene, questions, sample_scene
-
-    folder.mkdir(parents=True, exist_ok=True)
-    examples = []
-    for seed, kind in enumerate(_EXAMPLE_KINDS):
-        rng = np.random.default_rng(seed)
-        scene = sample_scene(rng, "test")
-        asked = questions(scene, rng)
-        question = next((q for q in asked if q.type == kind), asked[0]).question
-        picture = folder / f"scene_{seed + 1}.png"
-        draw_scene(scene, _EXAMPLE_SIDE).save(picture)
-        examples.append(_Example(picture=picture, question=question))
-    return examples
-
-
-def _title(model_name: str) -> str:
-    """The model's name without its folder: a run's model is called after the run."""
-    if not Path(model_name).exists():
-        return model_name
-    # Not resolve(): a run's model is a link to its last stage's.
-    path = Path(os.path.abspath(model_name))  # noqa: PTH100
-    return path.parent.name if path.name == "model" and path.parent.name else path.name
-
-
-def _router_text(model: SymphonyVLMForConditionalGeneration) -> str:
-    moe = model.config.moe_config
-    if moe is None:
-        return "dense, no router"
-    return f"{moe.router}, {moe.num_experts_per_tok} of {moe.num_experts} experts"
-
-
-def _header(title: str, router: str) -> str:
-    return (
-        f'<div class="head">{_LOGO}<div><h1>{html.escape(title)}</h1>'
-        f'<p><span class="vendor">symphony_vlm</span><span class="chip" title="Router">{html.escape(router)}</span></p>'
-        "</div></div>"
-    )
 
 
 def _private_upload_folder() -> Path:
@@ -457,17 +367,6 @@ def _import_gradio() -> Any:
     import gradio
 
     return gradio
-
-
-def _theme() -> Any:
-    gr = _import_gradio()
-    # Fonts of the visitor's own system: the page works without the internet, and tells no font server about visits.
-    return gr.themes.Default(
-        primary_hue="indigo",
-        neutral_hue="slate",
-        font=["system-ui", "-apple-system", "Segoe UI", "sans-serif"],
-        font_mono=["ui-monospace", "Consolas", "monospace"],
-    )
 
 
 def _usable_port(host: str, port: int) -> int:
@@ -515,9 +414,3 @@ _AFTER_ANSWER = """() => setTimeout(() => {
   // With a touch screen the cursor would bring the keyboard up.
   if (matchMedia("(hover: hover)").matches) document.querySelector("#question textarea")?.focus();
 }, 400)"""
-
-_LOGO = (
-    '<svg class="logo" viewBox="0 0 40 40" aria-hidden="true"><rect width="40" height="40" rx="10"/>'
-    '<path d="M12 13 28 11M12 13 20 28M28 11 20 28"/>'
-    '<circle cx="12" cy="13" r="4.5"/><circle cx="28" cy="11" r="3.5"/><circle cx="20" cy="28" r="5"/></svg>'
-)

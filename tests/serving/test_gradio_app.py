@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from symphony_vlm.errors import InputError
-from symphony_vlm.serving import gradio_app
+from symphony_vlm.serving import gradio_app, page_style
 from symphony_vlm.serving.chat import ChatSession
 
 ROOT = Path(__file__).parents[2]
@@ -207,7 +207,7 @@ def test_title(name: str, title: str, tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "run" / "model").symlink_to("finetune/model")
     (tmp_path / "other").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert gradio_app._title(name) == title
+    assert page_style.page_title(name) == title
 
 
 def test_import_is_cheap() -> None:

@@ -1,0 +1,52 @@
+"""Reading what a stranger uploaded: limits first, then one decoder, and messages that a visitor can act on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from symphony_vlm.data.images import load_image
+from symphony_vlm.data.sample import ImageRef
+from symphony_vlm.errors import InputError
+
+__all__ = ["MAX_UPLOAD_BYTES", "MAX_UPLOAD_PIXELS", "for_visitors", "read_uploads"]
+
+MAX_UPLOAD_BYTES = 10 * 2**20
+MAX_UPLOAD_PIXELS = 50_000_000
+"""More than telephones take; decoded, about 150 MB."""
+
+
+def read_uploads(files: Sequence[Path]) -> tuple[list[Image.Image], InputError | None]:
+    """The pictures up to the first that cannot be read, and what is wrong with that one."""
+    pictures: list[Image.Image] = []
+    for file in files:
+        try:
+            pictures.append(_read_upload(file))
+        except InputError as error:
+            return pictures, error
+    return pictures, None
+
+
+def _read_upload(file: Path) -> Image.Image:
+    try:
+        size = file.stat().st_size
+        if size > MAX_UPLOAD_BYTES:
+            raise InputError(f"has {size:,} bytes; the limit is {MAX_UPLOAD_BYTES:,}", where=f"image {file.name!r}")
+        data = file.read_bytes()
+    except OSError as error:
+        raise InputError("the upload is gone", where=f"image {file.name!r}", remedy="Upload it again.") from error
+    # As bytes, so that messages name the upload and not where the server put it.
+    return load_image(ImageRef(data=data, name=file.name), max_pixels=MAX_UPLOAD_PIXELS)
+
+
+def for_visitors(error: InputError) -> str:
+    """The message without remedies that only whoever runs the server could follow."""
+    verb = error.problem.startswith(("is ", "has "))
+    text = (
+        f"{error.where}{' ' if verb else ': '}{error.problem}" if error.where not in (None, "chat") else error.problem
+    )
+    text = text.rstrip(".")
+    remedy = error.remedy if error.where == "chat" else "Choose another picture." if "image" in text else None
+    return f"{text[:1].upper()}{text[1:]}. {remedy or ''}".strip()

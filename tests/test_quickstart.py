@@ -1,0 +1,95 @@
+"""The whole path in one call, with the recipe ``tiny``: shared stages, one run per router, evaluation, report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+import symphony_vlm
+from symphony_vlm.config.loading import load_recipe
+from symphony_vlm.config.recipe import Recipe
+from symphony_vlm.errors import InputError
+from symphony_vlm.quickstart import quickstart
+
+ROUTERS = ["smoe", "symphony_smoe"]
+CELLS = ["scenes/none/0", "scenes/fog/1", "scenes/fog/5"]
+
+
+@pytest.fixture(scope="module")
+def recipe() -> Recipe:
+    """Small, with two corrupted cells."""
+    settings = ["evaluation.corruptions=[fog]", "evaluation.severities=[1, 5]", "evaluation.limit=16"]
+    return load_recipe("tiny", [*settings, "evaluation.corrupted_limit=8", "evaluation.max_new_tokens=3"])
+
+
+@pytest.fixture(scope="module")
+def made(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The folder and the summary."""
+    output = tmp_path_factory.mktemp("quickstart") / "out"
+    return output, quickstart(recipe, output, ROUTERS, console=Console(quiet=True))
+
+
+def test_each_router_has_a_model_and_the_page_and_the_results_are_written(made: tuple[Path, dict[str, Any]]) -> None:
+    output, summary = made
+    for router in ROUTERS:
+        model = symphony_vlm.load(output / router / "model", device="cpu")
+        assert model.config.moe["router"] == router
+    assert summary["results"] == str(output / "results.json")
+    assert summary["report"] == str(output / "report.html")
+    assert (output / "report.html").is_file()
+    results = json.loads((output / "results.json").read_text())["results"]
+    assert {row["router"] for row in results} == set(ROUTERS)
+    assert {router: list(cells) for router, cells in summary["headline"].items()} == dict.fromkeys(ROUTERS, CELLS)
+
+
+def test_the_routers_start_from_the_same_weights_and_see_the_same_data(made: tuple[Path, dict[str, Any]]) -> None:
+    """Their first losses are equal: upcycling changes no output, and a new graph is the identity."""
+    output, _ = made
+    first = []
+    for router in ROUTERS:
+        entry = json.loads((output / router / "log.jsonl").read_text().splitlines()[0])
+        assert (entry["stage"], entry["step"]) == ("instruct", 1)
+        first.append((entry["cross_entropy"], entry["balance"], entry["z"]))
+    assert first[0] == first[1]
+    hashes = [json.loads((output / router / "provenance.json").read_text())["data_sha256"] for router in ROUTERS]
+    assert hashes[0] == hashes[1]
+
+
+def test_the_routers_are_compared_on_the_same_pixels(made: tuple[Path, dict[str, Any]]) -> None:
+    output, _ = made
+    seen = []
+    for router in ROUTERS:
+        lines = (output / "evaluation" / router / "predictions" / "scenes.fog.5.jsonl").read_text().splitlines()
+        seen.append([(record["item_id"], record["pixels_sha256"]) for record in map(json.loads, lines)])
+    assert seen[0] == seen[1]
+
+
+def test_the_language_model_alone_is_a_baseline_of_both(made: tuple[Path, dict[str, Any]]) -> None:
+    output, summary = made
+    for router in ROUTERS:
+        document = json.loads((output / "evaluation" / router / "results.json").read_text())
+        values = [row["value"] for row in document["baselines"] if row["name"].startswith("text only")]
+        assert values == [summary["text_only"]]
+
+
+def test_running_again_trains_and_answers_nothing_and_says_the_same(
+    recipe: Recipe, made: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, summary = made
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("nothing is left to train")
+
+    monkeypatch.setattr("symphony_vlm.training.stages.run_stage", refuse)
+    again = quickstart(recipe, output, ROUTERS, console=Console(quiet=True))
+    assert {**again, "seconds": None} == {**summary, "seconds": None}
+
+
+def test_a_recipe_with_nothing_before_the_upcycling_is_refused(recipe: Recipe, tmp_path: Path) -> None:
+    only = recipe.model_copy(update={"stages": recipe.stages[-1:]})
+    with pytest.raises(InputError, match="needs stages before the one that upcycles"):
+        quickstart(only, tmp_path, ROUTERS, console=Console(quiet=True))
