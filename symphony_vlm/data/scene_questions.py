@@ -75,7 +75,7 @@ types are what a small model can learn from a few thousand pictures."""
 DIRECTIONS: dict[str, tuple[int, int]] = {"left of": (-2, 0), "right of": (2, 0), "above": (0, -2), "below": (0, 2)}
 """Column and row steps, in quarters of the picture."""
 
-COUNT_WEIGHTS = {0: 0.8, 1: 0.8, 2: 2.4, 3: 12.0}
+COUNT_WEIGHTS = {0: 0.8, 1: 0.8, 2: 3.2, 3: 16.0}
 """How eagerly an answer is chosen where a scene allows it; few scenes allow 3, so it weighs most."""
 
 
