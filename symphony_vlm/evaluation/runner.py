@@ -244,12 +244,15 @@ def _check_manifest(plan: EvaluationPlan, output: Path, items: dict[str, list[Ev
     return manifest
 
 
-def _weights_hash(model: str) -> str:
-    """sha256 over the weight files' hashes."""
+def _weights_hash(model: str) -> str | None:
+    """sha256 over a local model's configuration and weights; None for a hub name."""
+    folder = Path(resolve_model_folder(model))
+    if not folder.is_dir():
+        return None
     digest = hashlib.sha256()
-    for path in sorted(Path(resolve_model_folder(model)).glob("*.safetensors")):
+    for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+        digest.update(path.name.encode())
         with path.open("rb") as file:
-            digest.update(
-                hashlib.file_digest(file, "sha256").digest() if hasattr(hashlib, "file_digest") else file.read()
-            )
+            while block := file.read(2**20):
+                digest.update(block)
     return digest.hexdigest()
