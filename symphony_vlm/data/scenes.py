@@ -53,7 +53,7 @@ __all__ = [
 T = TypeVar("T")
 Record = dict[str, Any]
 
-GENERATOR_VERSION = 1
+GENERATOR_VERSION = 2
 """Raise it with every change that alters a picture or a record for equal arguments."""
 
 MANIFEST = "manifest.json"
