@@ -68,12 +68,13 @@ def test_the_routers_are_compared_on_the_same_pixels(made: tuple[Path, dict[str,
     assert seen[0] == seen[1]
 
 
-def test_the_language_model_alone_is_a_baseline_of_both(made: tuple[Path, dict[str, Any]]) -> None:
+def test_what_the_words_alone_score_is_a_baseline_of_both(made: tuple[Path, dict[str, Any]]) -> None:
     output, summary = made
     for router in ROUTERS:
         document = json.loads((output / "evaluation" / router / "results.json").read_text())
         values = [row["value"] for row in document["baselines"] if row["name"].startswith("text only")]
-        assert values == [summary["text_only"]]
+        assert len(values) == 2
+        assert max(values) == summary["text_only"]
 
 
 def test_running_again_trains_and_answers_nothing_and_says_the_same(

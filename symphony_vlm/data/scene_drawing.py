@@ -30,9 +30,9 @@ __all__ = [
 Rgb = tuple[int, int, int]
 Point = tuple[float, float]
 
-SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+SHAPES = ("circle", "square", "triangle", "star")
 SIZES = ("small", "large")
-TEXTURES = ("plain", "striped", "dotted", "checked")
+TEXTURES = ("plain", "striped", "dotted")
 
 COLORS: dict[str, Rgb] = {
     "red": (214, 36, 42),
@@ -63,10 +63,10 @@ HELD_OUT_PAIRS = frozenset(
         ("green", "circle"),
         ("blue", "triangle"),
         ("yellow", "square"),
-        ("purple", "ring"),
-        ("orange", "cross"),
+        ("purple", "star"),
+        ("orange", "triangle"),
         ("white", "circle"),
-        ("black", "star"),
+        ("black", "square"),
     }
 )
 """Colour and shape pairs that the training split never shows: one per colour, at least one per shape."""
@@ -85,7 +85,7 @@ POSITIONS: dict[str, tuple[int, int]] = {
 """Column and row of each cell, in quarters of the picture; a cell is two quarters wide and high."""
 
 SUPERSAMPLING = 4
-RADII = {"small": 0.31, "large": 0.45}
+RADII = {"small": 0.33, "large": 0.45}
 STROKE = 0.035
 MAX_JITTER = 0.03
 """Lengths in cell widths, such that a large shape at the farthest offset still fits into its cell."""
@@ -252,13 +252,10 @@ def _draw_object(item: SceneObject, cell: int) -> tuple[Image.Image, Image.Image
     mask = Image.new("L", (side, side), 0)
     color_pen, mask_pen = ImageDraw.Draw(color), ImageDraw.Draw(mask)
     stroke = round(STROKE * side)
-    if item.shape in ("circle", "ring"):
+    if item.shape == "circle":
         outer = _circle_box(center, radius)
         mask_pen.ellipse(outer, fill=255)
         color_pen.ellipse(outer, outline=rim, width=stroke)
-        if item.shape == "ring":
-            mask_pen.ellipse(_circle_box(center, radius * 0.46), fill=0)
-            color_pen.ellipse(_circle_box(center, radius * 0.46 + stroke), outline=rim, width=stroke)
     else:
         corners = _outline(item.shape, center, radius, item.angle)
         mask_pen.polygon(corners, fill=255)
@@ -283,26 +280,16 @@ def _draw_texture(item: SceneObject, side: int, center: Point, radius: float) ->
             for column in steps:
                 spot = (center[0] + (column + row % 2 / 2) * pitch, center[1] + row * pitch * 0.87)
                 pen.ellipse(_circle_box(spot, pitch * 0.3), fill=second)
-    elif item.texture == "checked":
-        for row in steps:
-            for column in steps:
-                if (row + column) % 2:
-                    left, top = center[0] + column * pitch, center[1] + row * pitch
-                    pen.rectangle((round(left), round(top), round(left + pitch), round(top + pitch)), fill=second)
     return image
 
 
 def _outline(shape: str, center: Point, radius: float, angle: int) -> list[tuple[int, int]]:
     """Returns the corners of a polygon, in whole supersampled pixels."""
-    arm, reach = 0.35, 0.95
     unit: list[Point]
     if shape == "square":
         unit = [(-0.82, -0.82), (0.82, -0.82), (0.82, 0.82), (-0.82, 0.82)]
     elif shape == "triangle":
         unit = [(0.0, -0.9), (0.91, 0.7), (-0.91, 0.7)]
-    elif shape == "cross":
-        quarter = [(-arm, -reach), (arm, -reach), (arm, -arm)]
-        unit = [_turn(point, 90 * turn) for turn in range(4) for point in quarter]
     else:
         unit = [_turn((0.0, -1.0 if tip % 2 == 0 else -0.46), 36 * tip) for tip in range(10)]
     turned = [_turn(point, angle) for point in unit]

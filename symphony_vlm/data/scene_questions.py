@@ -1,8 +1,8 @@
 """Questions, answers and captions of a generated scene.
 
-Questions are chosen so that the text alone says little: yes and no are equally frequent and a "no" question mixes
-attributes that the picture does show; counts are drawn by answer first; the letters of choices are uniform. An object
-is named by the shortest description that fits it alone, so every question has one right answer.
+Questions are chosen so that the text alone says little: yes and no are equally frequent, and a "no" question about a
+pair of attributes mixes those that the picture does show; counts are drawn by answer first; the letters of choices are
+uniform. An object is named by the shortest description that fits it alone, so every question has one right answer.
 """
 
 from __future__ import annotations
@@ -68,9 +68,12 @@ RELATION_FORMS = {
 }
 CHOICE_ENDING = "Answer with the option's letter."
 
-RARE_SHARE = 0.4
+RARE_SHARE = 0.25
 """How often a scene asks a relation or a choice among its first questions. Both need two steps of reasoning; the other
 types are what a small model can learn from a few thousand pictures."""
+
+PAIR_SHARE = 0.4
+"""How often a scene's yes/no questions are all about pairs of attributes; otherwise those about one come first."""
 
 DIRECTIONS: dict[str, tuple[int, int]] = {"left of": (-2, 0), "right of": (2, 0), "above": (0, -2), "below": (0, 2)}
 """Column and row steps, in quarters of the picture."""
@@ -139,18 +142,33 @@ def _describe_item(item: SceneObject | SceneNumber) -> str:
 
 
 def _yes_no_questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
-    """Asks for a pair of attributes; each pair that is there is matched by one that is not."""
-    firsts: list[Question] = []
-    seconds: list[Question] = []
+    """Asks for a colour, a shape or a pair of attributes; each that is there is matched by one that is not."""
+    firsts, seconds = _single_yes_no_questions(scene, rng)
+    if rng.random() < PAIR_SHARE:
+        firsts, seconds = [], []
     for attribute in ("color", "size", "texture"):
         present = sorted({(getattr(item, attribute), item.shape) for item in scene.objects})
         absent = _near_misses(scene, rng, attribute)
         for pair, miss in zip(_shuffled(rng, present), absent, strict=False):
-            both = [_yes_no(rng, pair, "yes"), _yes_no(rng, miss, "no")]
-            first, second = _shuffled(rng, both)
+            first, second = _shuffled(rng, [_yes_no(rng, pair, "yes"), _yes_no(rng, miss, "no")])
             firsts.append(first)
             seconds.append(second)
-    return [*_shuffled(rng, firsts), *_shuffled(rng, seconds)]
+    return [*firsts, *seconds]
+
+
+def _single_yes_no_questions(scene: Scene, rng: np.random.Generator) -> tuple[list[Question], list[Question]]:
+    """Asks for one colour and one shape that are there and for ones that are not."""
+    firsts: list[Question] = []
+    seconds: list[Question] = []
+    for attribute in _shuffled(rng, ("color", "shape")):
+        present = {str(getattr(item, attribute)) for item in scene.objects}
+        absent = [value for value in VALUES[attribute] if value not in present]
+        asked = [(_pick(rng, sorted(present)), "yes"), (_pick(rng, absent), "no")]
+        both = [_yes_no(rng, (v, "shape") if attribute == "color" else ("", v), answer) for v, answer in asked]
+        first, second = _shuffled(rng, both)
+        firsts.append(first)
+        seconds.append(second)
+    return firsts, seconds
 
 
 def _near_misses(scene: Scene, rng: np.random.Generator, attribute: str) -> list[tuple[str, str]]:
@@ -171,8 +189,9 @@ def _near_misses(scene: Scene, rng: np.random.Generator, attribute: str) -> list
 
 
 def _yes_no(rng: np.random.Generator, pair: tuple[str, str], answer: str) -> Question:
-    article = "an" if pair[0][0] in "aeiou" else "a"
-    text = _pick(rng, YES_NO_FORMS).format(f"{article} {pair[0]} {pair[1]}")
+    name = " ".join(pair).strip()
+    article = "an" if name[0] in "aeiou" else "a"
+    text = _pick(rng, YES_NO_FORMS).format(f"{article} {name}")
     return Question(type="yes_no", question=text, answer=answer)
 
 
@@ -199,8 +218,7 @@ def _countable(scene: Scene) -> Iterator[tuple[str, int]]:
         for value in VALUES[attribute]:
             yield f"{value} shapes", sum(getattr(item, attribute) == value for item in scene.objects)
     for shape in SHAPES:
-        plural = "crosses" if shape == "cross" else f"{shape}s"
-        yield plural, sum(item.shape == shape for item in scene.objects)
+        yield f"{shape}s", sum(item.shape == shape for item in scene.objects)
 
 
 def _attribute_questions(scene: Scene, rng: np.random.Generator, attribute: str) -> list[Question]:
@@ -267,7 +285,7 @@ def _only_neighbour(scene: Scene, reference: SceneObject, step: tuple[int, int])
 
 
 def _choice_questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
-    attributes = _shuffled(rng, ("color", "shape", "texture", "position", "number"))
+    attributes = _shuffled(rng, ("color", "shape", "position", "number"))
     stems = [_choice_stem(scene, rng, attribute) for attribute in attributes]
     return [_choice(rng, *stem) for stem in stems if stem is not None]
 

@@ -53,7 +53,7 @@ __all__ = [
 T = TypeVar("T")
 Record = dict[str, Any]
 
-GENERATOR_VERSION = 2
+GENERATOR_VERSION = 3
 """Raise it with every change that alters a picture or a record for equal arguments."""
 
 MANIFEST = "manifest.json"
@@ -63,7 +63,7 @@ MAX_QUESTIONS = 12
 MIN_IMAGE_SIZE = 32
 HELD_OUT_SHARE = 1 / 4
 ITEM_COUNT_SHARES = (0.7, 0.22, 0.08)
-NUMBER_SHARE = 0.4
+NUMBER_SHARE = 0.7
 REPEAT_SHARE = 0.3
 CAPTION_PROMPT = "Describe the image."
 
@@ -188,7 +188,7 @@ def sample_scene(rng: np.random.Generator, split: str) -> Scene:
 
     Args:
         rng: Source of every choice.
-        split: ``"train"`` (no held-out pair of colour and shape) or ``"test"`` (a held-out pair in one scene of three).
+        split: ``"train"`` (no held-out pair of colour and shape) or ``"test"`` (a held-out pair in one scene of four).
     """
     total = 1 + _pick_weighted(rng, ITEM_COUNT_SHARES)
     with_number = total > 1 and rng.random() < NUMBER_SHARE

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 
 from symphony_vlm.data.conversation import encode_conversation, get_template
+from symphony_vlm.data.sample import Sample
 from symphony_vlm.evaluation.statistics import clustered_bootstrap_mean
 from symphony_vlm.evaluation.task import EvaluationItem, Task
 
-__all__ = ["constant_baselines", "text_only_baseline"]
+__all__ = ["constant_baselines", "same_question_baseline", "text_only_baseline"]
 
 
 def constant_baselines(task: str, items: Sequence[EvaluationItem], *, seed: int) -> list[dict[str, Any]]:
@@ -28,6 +30,41 @@ def constant_baselines(task: str, items: Sequence[EvaluationItem], *, seed: int)
         answers = [best[item.group] for item in items]
         baselines.append(_baseline("best constant answer per question type", task, items, answers, seed))
     return baselines
+
+
+def same_question_baseline(
+    task: Task, items: Sequence[EvaluationItem], training: Sequence[Sample], *, seed: int
+) -> dict[str, Any]:
+    """The most frequent training answer to the same question, which is as much as words alone can say.
+
+    A question never asked in training gets the most frequent answer to those of its form: the same first two words
+    and, for a choice, the same last line.
+
+    Args:
+        task: scores the answers.
+        items: the questions.
+        training: the training conversations.
+        seed: of the interval.
+    """
+    by_text: dict[Any, Counter[str]] = {}
+    for sample in training:
+        for asked, given in pairwise(sample.messages):
+            if (asked.role, given.role) == ("user", "assistant"):
+                for key in (asked.text.strip(), _form(asked.text), None):
+                    by_text.setdefault(key, Counter())[given.text] += 1
+
+    def answer(question: str) -> str:
+        counted = by_text.get(question.strip()) or by_text.get(_form(question)) or by_text[None]
+        return counted.most_common(1)[0][0]
+
+    answers = [answer(item.question) for item in items]
+    name = "text only (most frequent training answer to the same question)"
+    return _baseline(name, task.name, items, answers, seed, task)
+
+
+def _form(question: str) -> tuple[str, ...]:
+    lines = question.strip().splitlines()
+    return (*lines[0].split()[:2], *lines[1:][-1:])
 
 
 @torch.no_grad()

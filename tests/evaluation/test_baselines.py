@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from symphony_vlm.data.sample import ImageRef
-from symphony_vlm.evaluation.baselines import constant_baselines, text_only_baseline
+from symphony_vlm.data.sample import ImagePart, ImageRef, Message, Sample, TextPart
+from symphony_vlm.evaluation.baselines import constant_baselines, same_question_baseline, text_only_baseline
 from symphony_vlm.evaluation.task import EvaluationItem, get_task
 
 
@@ -90,3 +90,32 @@ def test_the_text_only_baseline_does_not_depend_on_the_others_in_the_batch(tiny_
     for item in items:
         ask([item])
     assert [answer for single in answers[1:] for answer in single] == answers[0]
+
+
+def _conversation(*turns: tuple[str, str]) -> Sample:
+    messages = []
+    for number, (question, answer) in enumerate(turns):
+        picture = (ImagePart(index=0), TextPart(text=f"\n{question}")) if number == 0 else (TextPart(text=question),)
+        messages.append(Message(role="user", parts=picture))
+        messages.append(Message(role="assistant", parts=(TextPart(text=answer),)))
+    return Sample(id="s", origin="train.json: record 0", messages=tuple(messages))
+
+
+def test_the_words_alone_give_the_most_frequent_training_answer_to_the_same_question_or_to_its_form() -> None:
+    training = [
+        _conversation(("What color is it?", "red"), ("How many stars are there?", "2")),
+        _conversation(("What color is it?", "red"), ("What color is the star?", "blue")),
+        _conversation(("What color is it?", "blue"), ("Where?\nA. here\nB. there\nOne letter.", "B")),
+    ]
+
+    def value(question: str, answer: str) -> float:
+        item = EvaluationItem(id="a", question=question, answers=(answer,), image_key="a")
+        row = same_question_baseline(get_task("scenes"), [item], training, seed=0)
+        return float(row["value"])
+
+    assert value("What color is it?", "red") == 1.0, "twice red, once blue"
+    assert value("What color is the star?", "blue") == 1.0, "the same words win over the form, where red is as frequent"
+    assert value("What color is the ring?", "red") == 1.0, "its form: red, red, blue, blue; the first seen wins"
+    assert value("How many rings are there?", "2") == 1.0
+    assert value("Where?\nA. up\nB. down\nOne letter.", "B") == 1.0, "a choice's form includes its last line"
+    assert value("Is there a star?", "red") == 1.0, "a form never seen gets the most frequent answer of all"
