@@ -14,11 +14,19 @@ __all__ = ["PRESETS", "MoEConfig"]
 
 PRESETS: dict[str, dict[str, Any]] = {
     "smoe": {"gate": "linear", "expert_graph": "none"},
-    "symphony_smoe": {"gate": "linear", "expert_graph": "symphony"},
+    "xmoe": {"gate": "cosine", "expert_graph": "none"},
     "glam": {"gate": "linear", "expert_graph": "none", "layers": "alternate"},
+    "symphony_smoe": {"gate": "linear", "expert_graph": "symphony"},
+    "symphony_xmoe": {"gate": "cosine", "expert_graph": "symphony"},
     "symphony_glam": {"gate": "linear", "expert_graph": "symphony", "layers": "alternate"},
+    "similarity_smoe": {"gate": "linear", "expert_graph": "none", "token_graph": "similarity"},
+    "attention_smoe": {"gate": "linear", "expert_graph": "none", "token_graph": "attention"},
 }
-"""Router presets: one line of composition each. Symphony is its baseline plus a graph of the experts."""
+"""Router presets: one line of composition each. Symphony is its baseline plus a graph of the experts. Routers of your
+own join with `symphony_vlm.moe.router.register_router`."""
+
+PARTS: dict[str, Any] = {"gate": "linear", "expert_graph": "none", "token_graph": "none", "layers": "all"}
+"""What a preset may choose, with the value of a part it does not name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +41,13 @@ class MoEConfig:
     num_experts_per_tok: int = 2
     router: str = "symphony_smoe"
 
-    gate: Literal["linear"] | None = None
-    """How a token becomes logits: ``linear`` (SMoE, GLaM). None: as the preset says."""
+    gate: Literal["linear", "cosine"] | None = None
+    """How a token becomes logits: ``linear`` (SMoE, GLaM) or ``cosine`` (XMoE). None: as the preset says."""
+    cosine_dim: int | None = None
+    """Size of the cosine gate's routing space. None: the larger of 8 and num_experts // 2."""
+    cosine_temperature: float = 0.3
+    """What the cosine gate divides by; its first value where it is learnt."""
+    cosine_learnable_temperature: bool = False
     score: Literal["softmax", "sigmoid"] = "softmax"
     """How logits become gate values."""
     renormalize: bool = True
@@ -42,8 +55,9 @@ class MoEConfig:
     jitter_noise: float = 0.0
     """Half width of the uniform factor on the router's input in training (Switch Transformer, arXiv 2101.03961)."""
 
-    expert_graph: Literal["none", "symphony"] | None = None
-    """None: as the preset says."""
+    expert_graph: Literal["none", "symphony", "learnable", "fixed"] | None = None
+    """``symphony`` moves with the co-selection counts, ``learnable`` is trained by gradient, ``fixed`` stays what
+    `set_expert_graph_` made it. None: as the preset says."""
     smooth: Literal["probs", "logits"] = "probs"
     """What the graph smooths: gate values, the paper's g_sym_j = sum_k a_jk g_k(x), or the logits before the score."""
     strength: float = 0.5
@@ -56,12 +70,32 @@ class MoEConfig:
     diagonal: Literal["drop", "keep"] = "drop"
     """Whether an expert's count with itself enters the normalisation."""
     applies_to: Literal["both", "selection", "weights"] = "both"
+    """Whether the smoothed values choose the experts, weigh them, or both."""
     active: Literal["always", "train", "eval"] = "always"
+    """When the expert graph takes part. ``eval`` is Symphony after the fact: counted in training, used afterwards."""
+
+    token_graph: Literal["none", "similarity", "attention"] | None = None
+    """Whose gate values a token's routing listens to besides its own (arXiv 2505.00792). None: as the preset says."""
+    token_graph_temperature: float = 0.1
+    """Temperature of ``similarity``: small, a token listens to its likes; large, to all."""
+    token_graph_dim: int | None = None
+    """Rank of the ``similarity`` matrix W_s, and the numbers per token that a KV cache holds for it. None: full."""
 
     layers: Literal["all", "alternate"] | tuple[int, ...] | None = None
-    """Which decoder layers become sparse. ``alternate`` is 0, 2, 4, ... None: as the preset says, else all."""
+    """Which decoder layers become sparse. ``alternate`` is 0, 2, 4, ... None: as the preset says, else all. With
+    ``vision`` among the `modules` the same choice is made among the vision tower's blocks."""
+    modules: tuple[Literal["language", "projector", "vision"], ...] = ("language",)
+    """Which parts of a vision-language model get experts (CuMo, arXiv 2405.05949, has them in all three)."""
+    shared_expert: bool = False
+    """Whether every token also passes a dense copy, weighted by a sigmoid gate that starts at 1/2 (Qwen2-MoE)."""
+    expert_split: int = 1
+    """Slices of a feed-forward that become separate, narrower experts (fine-grained experts, arXiv 2410.07524): E
+    experts are E / expert_split copies. Must divide E and K, or no choice of K slices adds up to whole layers."""
     expert_init_noise: float = 0.0
     """Standard deviation of the noise added to each expert's copy, relative to the dense weights' own."""
+
+    experts_implementation: Literal["auto", "segments", "grouped_mm", "batched_mm", "deepgemm", "sonicmoe"] = "auto"
+    """How experts are computed, see `experts.Experts`. ``auto``: ``grouped_mm`` on CUDA, else ``segments``."""
 
     balance_loss_weight: float = 0.01
     z_loss_weight: float = 0.001
@@ -71,17 +105,22 @@ class MoEConfig:
             raise InputError(
                 f"{self.router!r} is not a router preset{nearest(self.router, PRESETS)}",
                 where="moe.router",
-                remedy=f"Use one of {', '.join(PRESETS)}.",
+                remedy=f"Use one of {', '.join(PRESETS)}; a router of your own is there once the module that registers "
+                "it has been imported.",
             )
-        defaults = {"layers": "all", **PRESETS[self.router]}
+        defaults = {**PARTS, **PRESETS[self.router]}
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         if isinstance(self.layers, list):
             object.__setattr__(self, "layers", tuple(self.layers))
+        if isinstance(self.modules, (str, list)):
+            modules = [self.modules] if isinstance(self.modules, str) else self.modules
+            object.__setattr__(self, "modules", tuple(modules))
         self._check_choices()
         self._check_types()
         self._check_ranges()
+        self._check_combinations()
 
     def _check_choices(self) -> None:
         for field in dataclasses.fields(self):
@@ -96,7 +135,12 @@ class MoEConfig:
         for name, (kinds, requirement) in _NUMBERS.items():
             value = getattr(self, name)
             _require(isinstance(value, kinds) and not isinstance(value, bool), name, value, requirement)
-        _require(isinstance(self.renormalize, bool), "renormalize", self.renormalize, "true or false")
+        for name in _SWITCHES:
+            _require(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
+        for name in ("cosine_dim", "token_graph_dim"):
+            value = getattr(self, name)
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            _require(value is None or (whole and value >= 1), name, value, "a whole number of at least 1")
 
     def _check_ranges(self) -> None:
         _require(self.num_experts >= 1, "num_experts", self.num_experts, "at least 1")
@@ -106,14 +150,26 @@ class MoEConfig:
             self.num_experts_per_tok,
             f"from 1 to num_experts ({self.num_experts})",
         )
+        known = _CHOICES["modules"]
+        good = isinstance(self.modules, tuple) and all(module in known for module in self.modules)
+        good = good and 0 < len(set(self.modules)) == len(self.modules)
+        _require(good, "modules", self.modules, f"one or more of {', '.join(known)}, each once")
+        _require(self.expert_split >= 1, "expert_split", self.expert_split, "at least 1")
+        for name in ("num_experts", "num_experts_per_tok"):
+            whole = getattr(self, name) % self.expert_split == 0
+            _require(whole, name, getattr(self, name), f"a multiple of expert_split ({self.expert_split})")
         for name in ("strength", "momentum"):
             _require(0.0 <= getattr(self, name) <= 1.0, name, getattr(self, name), "in [0, 1]")
         for name in ("jitter_noise", "expert_init_noise", "balance_loss_weight", "z_loss_weight"):
             _require(getattr(self, name) >= 0.0, name, getattr(self, name), "0 or more")
+        for name in ("cosine_temperature", "token_graph_temperature"):
+            _require(getattr(self, name) > 0.0, name, getattr(self, name), "above 0")
         if isinstance(self.layers, tuple):
             distinct = 0 < len(set(self.layers)) == len(self.layers)
             good = distinct and all(isinstance(i, int) and i >= 0 for i in self.layers)
             _require(good, "layers", self.layers, "one or more distinct layer indices counted from 0")
+
+    def _check_combinations(self) -> None:
         if self.expert_graph == "symphony" and self.num_experts_per_tok == 1 and self.counts == "hard":
             raise InputError(
                 "with num_experts_per_tok=1 no two experts are ever selected together, so hard co-selection counts "
@@ -121,6 +177,28 @@ class MoEConfig:
                 where="moe.counts",
                 remedy="Set counts: soft (it counts the top two gate values), or num_experts_per_tok >= 2.",
             )
+        if self.token_graph != "none" and self.modules != ("language",):
+            raise InputError(
+                f"{self.token_graph!r} asks which tokens come earlier, and the features of a picture have no order",
+                where="moe.token_graph",
+                remedy="Use a router without token graph, or modules: [language].",
+            )
+        if self.expert_graph == "learnable":
+            self._check_that_the_graph_can_learn()
+
+    def _check_that_the_graph_can_learn(self) -> None:
+        """A learnable graph gets its gradient through the experts' weights in training, and from nowhere else."""
+        constant_weights = self.num_experts_per_tok == 1 and self.num_experts > 1 and self.renormalize
+        for name, without_gradient, remedy in (
+            ("applies_to", self.applies_to == "selection", "Set applies_to: both or weights."),
+            ("active", self.active == "eval", "Set active: always or train."),
+            ("num_experts_per_tok", constant_weights, "Set renormalize: false, or num_experts_per_tok >= 2."),
+        ):
+            if without_gradient:
+                value = getattr(self, name)
+                raise InputError(
+                    f"with {value!r} no gradient reaches a learnable graph", where=f"moe.{name}", remedy=remedy
+                )
 
     def sparse_layers(self, num_layers: int) -> tuple[int, ...]:
         """Indices of the decoder layers that become sparse, out of ``num_layers``."""
@@ -174,3 +252,4 @@ _NUMBERS: dict[str, tuple[tuple[type, ...], str]] = {
     for field in dataclasses.fields(MoEConfig)
     if field.type in ("int", "float")
 }
+_SWITCHES = [field.name for field in dataclasses.fields(MoEConfig) if field.type == "bool"]

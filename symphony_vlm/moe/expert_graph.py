@@ -1,48 +1,58 @@
 """The social graph of the experts: who is selected together, smoothed over optimizer steps (arXiv 2510.16411).
 
-Shape letters: T tokens, E experts, L layers.
+Shape letters: T tokens, E experts.
 
-Routing multiplies the gate values by the adjacency matrix, g_sym = A g. The matrix is a moving average of the
-normalised co-selection counts. Counting happens in the forward pass but only into a scratch tensor; the matrix itself
-changes once per optimizer step, in `update_expert_graphs`. Changing it inside the forward pass would break autograd's
-version counter, count twice under activation checkpointing, and drift apart between ranks.
+Routing multiplies the gate values by the adjacency matrix, g_sym = A g. Symphony's matrix is a moving average of the
+normalised co-selection counts; a learnable and a fixed one are there to compare it with. Counting happens in the
+forward pass but only into a scratch tensor; the matrix itself changes once per optimizer step, in
+`update_expert_graphs`. Changing it inside the forward pass would break autograd's version counter, count twice under
+activation checkpointing, and drift apart between ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+import math
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from symphony_vlm.errors import InputError
 from symphony_vlm.moe.configuration import MoEConfig
+from symphony_vlm.moe.precision import KeepsPrecision
 
-__all__ = ["ExpertGraph", "expert_graphs", "normalize_counts", "update_expert_graphs"]
+__all__ = [
+    "ExpertGraph",
+    "LearnableGraph",
+    "StoredGraph",
+    "SymphonyGraph",
+    "expert_graphs",
+    "make_expert_graph",
+    "normalize_counts",
+    "set_expert_graph_",
+    "update_expert_graphs",
+]
 
 _SINKHORN_ITERATIONS = 50
 
 
-class ExpertGraph(nn.Module):
-    """Adjacency matrix of one layer's experts.
+class ExpertGraph(KeepsPrecision):
+    """A graph of one layer's experts: what its kinds have in common.
 
     The matrix stays fp32 when the model is cast to another precision: its steps are (1 - momentum) small, which
     bfloat16 (8 bits of mantissa) would round away.
     """
 
     adjacency_EE: Tensor
+    """fp32; entry (j, k) is how much expert j listens to expert k."""
     num_updates: Tensor
+    """Steps of the moving average taken; 0 for a graph that is not counted."""
 
     def __init__(self, config: MoEConfig) -> None:
         super().__init__()
         self.config = config
-        self.register_buffer("adjacency_EE", torch.eye(config.num_experts, dtype=torch.float32))
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.long))
-        # Scratch, deliberately not buffers: DDP broadcasts rank 0's buffers at every forward, which would overwrite
-        # the other ranks' counts between two micro-batches.
-        self._counts_EE: Tensor | None = None
-        self._num_tokens: Tensor | None = None
 
     @property
     def is_active(self) -> bool:
@@ -52,6 +62,79 @@ class ExpertGraph(nn.Module):
     def forward(self, values_TE: Tensor) -> Tensor:
         """Smooths gate values or logits over the graph: ``[T, E] -> [T, E]``, out_j = sum_k a_jk in_k."""
         return values_TE @ self.adjacency_EE.T
+
+    def whole_adjacency(self) -> Tensor:
+        """`adjacency_EE` to be read, without gradient. Where an engine has sharded it, every rank must call this."""
+        return self.adjacency_EE.detach()
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Back to the start. Keeps what a checkpoint has already filled in."""
+        # Loading builds modules on the meta device and flags what the checkpoint provides; the rest is raw memory.
+        if not getattr(self.num_updates, "_is_hf_initialized", False):
+            self.num_updates.zero_()
+
+
+class StoredGraph(ExpertGraph):
+    """A matrix that is stored, not trained: the identity, the plain router, until something sets or moves it.
+
+    By itself it is the ``fixed`` graph, which `set_expert_graph_` sets and nothing moves.
+    """
+
+    def __init__(self, config: MoEConfig) -> None:
+        super().__init__(config)
+        self.register_buffer("adjacency_EE", torch.eye(config.num_experts, dtype=torch.float32))
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Back to the identity. Keeps what a checkpoint has already filled in."""
+        super().reset()
+        if not getattr(self.adjacency_EE, "_is_hf_initialized", False):
+            self.adjacency_EE.copy_(torch.eye(self.config.num_experts))
+
+
+class LearnableGraph(ExpertGraph):
+    """The row-softmax of a trained matrix: no counting, the graph that the loss itself would choose."""
+
+    STRAY = 0.1
+    """What a fresh row gives to the other experts, all together: little enough that routing starts as the plain
+    router's but for close races, and enough to learn from. The gradient of a softmax is in proportion to its entries:
+    at 1e-6 an edge would take as good as for ever to grow."""
+
+    def __init__(self, config: MoEConfig) -> None:
+        super().__init__(config)
+        size = (config.num_experts, config.num_experts)
+        self.logits_EE = nn.Parameter(torch.empty(size, dtype=torch.float32))
+
+    @property
+    def adjacency_EE(self) -> Tensor:  # type: ignore[override]
+        """The matrix, row-stochastic, with its gradient."""
+        # Mixed precision of FSDP2 and DeepSpeed lets the forward pass see parameters in 16 bits.
+        return self.logits_EE.float().softmax(-1)
+
+    @torch.no_grad()
+    def whole_adjacency(self) -> Tensor:
+        """See the base class. FSDP2 and ZeRO-3 leave each rank a part of the parameter between passes."""
+        return _whole(self.logits_EE).float().softmax(-1)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Near the identity. Keeps what a checkpoint has already filled in."""
+        super().reset()
+        if not getattr(self.logits_EE, "_is_hf_initialized", False):
+            others = max(1, self.config.num_experts - 1)
+            self.logits_EE.copy_(math.log(others * (1 - self.STRAY) / self.STRAY) * torch.eye(self.config.num_experts))
+
+
+class SymphonyGraph(StoredGraph):
+    """The moving average of the normalised co-selection counts."""
+
+    def __init__(self, config: MoEConfig) -> None:
+        super().__init__(config)
+        # Scratch, deliberately not buffers: DDP broadcasts rank 0's buffers at every forward, which would overwrite
+        # the other ranks' counts between two micro-batches.
+        self._counts_EE: Tensor | None = None
+        self._num_tokens: Tensor | None = None
 
     @torch.no_grad()
     def count(self, membership_TE: Tensor) -> None:
@@ -79,32 +162,47 @@ class ExpertGraph(nn.Module):
         return torch.cat([counts_EE.flatten(), num_tokens.float().reshape(1)]).to(device)
 
     @torch.no_grad()
-    def update(self, counts: Tensor) -> None:
-        """One step of the moving average from counts in the layout of `take_counts`, summed over ranks."""
+    def update(self, counts: Tensor, momentum: float | None = None) -> None:
+        """One step of the moving average from counts in the layout of `take_counts`, summed over ranks.
+
+        Args:
+            counts: see above.
+            momentum: instead of the setting's; 0 sets the graph to these counts alone.
+        """
         num_experts = self.config.num_experts
         counts_EE, num_tokens = counts[:-1].view(num_experts, num_experts), counts[-1]
         target_EE = normalize_counts(counts_EE, num_tokens, self.config)
         # No token at all (every rank empty, or a frozen layer): the step leaves the graph as it is. `where` instead
         # of `if` keeps the decision on the device.
-        momentum = torch.where(num_tokens > 0, self.config.momentum, 1.0)
-        self.adjacency_EE.copy_(momentum * self.adjacency_EE + (1 - momentum) * target_EE)
+        kept = torch.where(num_tokens > 0, self.config.momentum if momentum is None else momentum, 1.0)
+        self.adjacency_EE.copy_(kept * self.adjacency_EE + (1 - kept) * target_EE)
         self.num_updates += (num_tokens > 0).long()
 
-    @torch.no_grad()
-    def reset(self) -> None:
-        """Back to the identity, the plain router. Keeps what a checkpoint has already filled in."""
-        # Loading builds modules on the meta device and flags what the checkpoint provides; the rest is raw memory.
-        if not getattr(self.adjacency_EE, "_is_hf_initialized", False):
-            self.adjacency_EE.copy_(torch.eye(self.config.num_experts))
-        if not getattr(self.num_updates, "_is_hf_initialized", False):
-            self.num_updates.zero_()
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        before = self.adjacency_EE
-        super()._apply(fn, recurse)
-        if self.adjacency_EE.dtype != torch.float32:
-            self.adjacency_EE = before.to(device=self.adjacency_EE.device, dtype=torch.float32)
-        return self
+_GRAPHS: dict[str | None, type[ExpertGraph]] = {
+    "symphony": SymphonyGraph,
+    "learnable": LearnableGraph,
+    "fixed": StoredGraph,
+}
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    """All of a parameter that FSDP2 (a DTensor) or DeepSpeed ZeRO-3 may have sharded."""
+    if hasattr(parameter, "full_tensor"):
+        gathered: Tensor = parameter.full_tensor()
+        return gathered
+    if hasattr(parameter, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.clone()
+    return parameter
+
+
+def make_expert_graph(config: MoEConfig) -> ExpertGraph | None:
+    """The expert graph of a composition (setting ``expert_graph``)."""
+    kind = _GRAPHS.get(config.expert_graph)
+    return None if kind is None else kind(config)
 
 
 def normalize_counts(counts_EE: Tensor, num_tokens: Tensor, config: MoEConfig) -> Tensor:
@@ -154,13 +252,49 @@ def expert_graphs(model: nn.Module) -> Iterator[tuple[str, ExpertGraph]]:
 
 
 @torch.no_grad()
-def update_expert_graphs(model: nn.Module) -> None:
-    """Moves every expert graph one step; call it once after each optimizer step, on every rank.
+def set_expert_graph_(model: nn.Module, adjacency_EE: Tensor) -> None:
+    """Gives every fixed expert graph of a model one matrix, in place; it is saved with the model and never moves.
+
+    For controls. A graph that says nothing is ``torch.full((E, E), 1 / E)``, one that says something at random
+    ``rows / rows.sum(1, keepdim=True)`` of ``rows = torch.rand(E, E, generator=...)``, and one that has lost what it
+    was counted from is a trained graph with its experts shuffled.
+
+    Args:
+        model: built with ``expert_graph: fixed``.
+        adjacency_EE: ``[E, E]``, entry (j, k) is how much expert j listens to expert k.
+
+    Raises:
+        InputError: the model has no fixed graph, or the matrix does not fit it.
+    """
+    graphs = [graph for _, graph in expert_graphs(model) if graph.config.expert_graph == "fixed"]
+    if not graphs:
+        raise InputError(
+            "the model has no expert graph that stays as it is set",
+            where="moe.expert_graph",
+            remedy="Build the model with expert_graph: fixed.",
+        )
+    for graph in graphs:
+        if adjacency_EE.shape != graph.adjacency_EE.shape or not adjacency_EE.isfinite().all():
+            size = graph.config.num_experts
+            raise InputError(
+                f"a matrix of shape {tuple(adjacency_EE.shape)} was given, {size} x {size} finite numbers are needed",
+                where="adjacency_EE",
+            )
+        graph.adjacency_EE.copy_(adjacency_EE)
+
+
+@torch.no_grad()
+def update_expert_graphs(model: nn.Module, *, momentum: float | None = None) -> None:
+    """Moves every counted expert graph one step; call it once after each optimizer step, on every rank.
 
     The Trainer's callback does this; in another training loop write ``optimizer.step(); update_expert_graphs(model)``.
     One all-reduce of one tensor sums the counts over data-parallel ranks, so that all ranks keep bit-equal graphs.
+
+    Args:
+        model: anything with expert graphs in it.
+        momentum: instead of the setting's (`SymphonyGraph.update`).
     """
-    graphs = [graph for _, graph in expert_graphs(model)]
+    graphs = [graph for _, graph in expert_graphs(model) if isinstance(graph, SymphonyGraph)]
     if not graphs:
         return
     counts = [graph.take_counts() for graph in graphs]
@@ -169,4 +303,4 @@ def update_expert_graphs(model: nn.Module) -> None:
         dist.all_reduce(stacked)
         counts = list(stacked.split([len(c) for c in counts]))
     for graph, count in zip(graphs, counts, strict=True):
-        graph.update(count)
+        graph.update(count, momentum)

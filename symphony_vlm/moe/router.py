@@ -1,27 +1,34 @@
-"""A router is a composition: gate -> [expert graph] -> top-K.
+"""A router is a composition: gate -> [token graph] -> [expert graph] -> top-K.
 
 Shape letters: T tokens, D hidden size, E experts, K experts per token.
 
-Symphony (arXiv 2510.16411) is the baseline router plus one matrix product, `self.expert_graph(...)` below.
+Symphony (arXiv 2510.16411) is the baseline router plus one matrix product, `graph(...)` in `Router.gate_values`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from symphony_vlm.moe.configuration import MoEConfig
-from symphony_vlm.moe.expert_graph import ExpertGraph
-from symphony_vlm.moe.gate import LinearGate
+from symphony_vlm.errors import InputError
+from symphony_vlm.moe.configuration import PARTS, PRESETS, MoEConfig
+from symphony_vlm.moe.expert_graph import make_expert_graph
+from symphony_vlm.moe.gate import make_gate
+from symphony_vlm.moe.precision import KeepsPrecision
+from symphony_vlm.moe.token_graph import make_token_graph
 
-__all__ = ["Router", "RouterOutput"]
+__all__ = ["Router", "RouterOutput", "make_router", "register_router"]
 
 
-@dataclass(frozen=True)
-class RouterOutput:
-    """What a router decided for T tokens. Losses and statistics are pure functions of it."""
+class RouterOutput(NamedTuple):
+    """What a router decided for T tokens. Losses and statistics are pure functions of it.
+
+    A tuple, because DeepSpeed ZeRO-3 looks for the tensors of a module's output in nothing else, and leaves the
+    parameters of a module without any ungathered in the backward pass.
+    """
 
     weights_TK: Tensor
     """fp32 combination weights of the selected experts, best first."""
@@ -33,34 +40,72 @@ class RouterOutput:
     """fp32 gate values that the selection saw, after the graph where there is one."""
 
 
-class Router(nn.Module):
-    """Chooses K of E experts for every token and weights them.
+class Router(KeepsPrecision):
+    """Chooses K of E experts for every token and weights them, in fp32 whatever surrounds it.
+
+    A router of your own overrides `logits` or replaces a part after ``super().__init__`` (docs/routing.md).
 
     Args:
-        config: the composition (gate, score, graph, selection).
+        config: the composition (gate, score, graphs, selection).
         hidden_size: D.
         layer_name: names the layer in error messages.
     """
+
+    gate: Any
+    """A module with ``forward(x_TD)``, logits in fp32, and ``reset(generator)``."""
 
     def __init__(self, config: MoEConfig, hidden_size: int, layer_name: str = "moe") -> None:
         super().__init__()
         self.config = config
         self.layer_name = layer_name
-        self.gate = LinearGate(hidden_size, config.num_experts)
-        self.expert_graph = ExpertGraph(config) if config.expert_graph == "symphony" else None
+        self.gate = make_gate(config, hidden_size)
+        self.token_graph = make_token_graph(config, hidden_size, layer_name)
+        self.expert_graph = make_expert_graph(config)
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether training moves the gate. A frozen router's graph is not counted either."""
+        return any(parameter.requires_grad for parameter in self.gate.parameters())
 
     def forward(self, x_TD: Tensor) -> RouterOutput:
         """Routes ``[T, D]`` tokens.
 
         Raises:
-            RuntimeError: a logit is not finite; the message names the layer.
+            RuntimeError: a logit is not finite; the message names the layer. Or a token graph was not told which
+                tokens form a sequence.
         """
-        logits_TE = self.gate(self._jitter(x_TD))
+        with torch.autocast(x_TD.device.type, enabled=False):
+            return self._route(self._jitter(x_TD))
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """The gate's logits ``[T, E]``, fp32."""
+        logits_TE: Tensor = self.gate(x_TD)
+        return logits_TE
+
+    def gate_values(self, x_TD: Tensor, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """Gate values ``[T, E]`` without and with the expert graph; both after the token graph, if there is one.
+
+        The token graph mixes the rows of gate values and the expert graph their columns, so that their order is
+        immaterial (smooth: probs); where the expert graph smooths logits it must come first.
+        """
+        graph = self.expert_graph if self.expert_graph is not None and self.expert_graph.is_active else None
+        plain_TE = smooth_TE = self._score(logits_TE)
+        if graph is not None and self.config.smooth == "logits":
+            smooth_TE = self._score(graph(logits_TE))
+        if self.token_graph is not None:
+            if smooth_TE is plain_TE:
+                plain_TE = smooth_TE = self.token_graph(x_TD, plain_TE)[0]
+            else:
+                plain_TE, smooth_TE = self.token_graph(x_TD, plain_TE, smooth_TE)
+        if graph is not None and self.config.smooth == "probs":
+            smooth_TE = graph(plain_TE)
+        return plain_TE, smooth_TE
+
+    def _route(self, x_TD: Tensor) -> RouterOutput:
+        logits_TE = self.logits(x_TD)
         # An assertion on the device: it costs no host synchronisation on an accelerator.
         torch._assert_async(torch.isfinite(logits_TE).all(), self._not_finite)
-
-        plain_TE = self._score(logits_TE)
-        smooth_TE = self._smooth(logits_TE, plain_TE)
+        plain_TE, smooth_TE = self.gate_values(x_TD, logits_TE)
         select_TE = plain_TE if self.config.applies_to == "weights" else smooth_TE
         weigh_TE = plain_TE if self.config.applies_to == "selection" else smooth_TE
 
@@ -74,13 +119,6 @@ class Router(nn.Module):
 
     def _score(self, logits_TE: Tensor) -> Tensor:
         return logits_TE.softmax(-1) if self.config.score == "softmax" else logits_TE.sigmoid()
-
-    def _smooth(self, logits_TE: Tensor, plain_TE: Tensor) -> Tensor:
-        if self.expert_graph is None or not self.expert_graph.is_active:
-            return plain_TE
-        if self.config.smooth == "logits":
-            return self._score(self.expert_graph(logits_TE))
-        return self.expert_graph(plain_TE)
 
     def _jitter(self, x_TD: Tensor) -> Tensor:
         noise = self.config.jitter_noise
@@ -113,7 +151,45 @@ class Router(nn.Module):
         return membership_TE if token_mask_T is None else membership_TE * token_mask_T[:, None]
 
     def reset(self, generator: torch.Generator | None = None) -> None:
-        """Initialises what no checkpoint provided: a fresh gate, the identity as graph."""
+        """Initialises what no checkpoint provided: a fresh gate, graphs that change nothing or little."""
         self.gate.reset(generator)
+        if self.token_graph is not None:
+            self.token_graph.reset(generator)
         if self.expert_graph is not None:
             self.expert_graph.reset()
+
+
+_CLASSES: dict[str, type[Router]] = {}
+"""Classes of registered routers by their names; every other router is a `Router`."""
+
+
+def register_router(name: str, **parts: Any) -> Callable[[type[Router]], type[Router]]:
+    """Class decorator that makes a router of your own available as ``router: <name>``.
+
+    A saved model stores the name. Import the module that registers it before loading.
+
+    Args:
+        name: for `MoEConfig.router`.
+        parts: what the preset chooses of ``gate``, ``expert_graph``, ``token_graph`` and ``layers``.
+
+    Raises:
+        InputError: the name is taken by a router of this package, or a part is unknown.
+    """
+    if name in PRESETS and name not in _CLASSES:
+        problem = f"{name!r} is a router of this package"
+        raise InputError(problem, where="register_router", remedy="Choose another name.")
+    for part in parts:
+        if part not in PARTS:
+            raise InputError(f"{part!r} is not one of {', '.join(PARTS)}", where=f"register_router({name!r})")
+
+    def register(cls: type[Router]) -> type[Router]:
+        PRESETS[name] = dict(parts)
+        _CLASSES[name] = cls
+        return cls
+
+    return register
+
+
+def make_router(config: MoEConfig, hidden_size: int, layer_name: str = "moe") -> Router:
+    """The router that a configuration names."""
+    return _CLASSES.get(config.router, Router)(config, hidden_size, layer_name)

@@ -9,8 +9,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from symphony_vlm.errors import InputError
 from symphony_vlm.moe.configuration import MoEConfig
-from symphony_vlm.moe.expert_graph import ExpertGraph, expert_graphs, normalize_counts, update_expert_graphs
+from symphony_vlm.moe.expert_graph import (
+    ExpertGraph,
+    LearnableGraph,
+    StoredGraph,
+    SymphonyGraph,
+    expert_graphs,
+    make_expert_graph,
+    normalize_counts,
+    set_expert_graph_,
+    update_expert_graphs,
+)
 
 NUM_EXPERTS = 5
 NUM_TOKENS = 40
@@ -128,7 +139,7 @@ def test_dropping_the_diagonal_forgets_how_often_an_expert_was_chosen_at_all() -
 
 def test_one_update_is_the_moving_average_of_the_formula() -> None:
     config = config_of(momentum=0.9)
-    graph = ExpertGraph(config)
+    graph = SymphonyGraph(config)
     expected_EE = torch.eye(NUM_EXPERTS)
     for step in range(3):
         membership_TE = membership(seed=step)
@@ -143,7 +154,7 @@ def test_one_update_is_the_moving_average_of_the_formula() -> None:
 def test_constant_counts_are_approached_geometrically() -> None:
     """E[A_t] - C = m^t (A_0 - C): with constant counts the expectation is the value itself."""
     config = config_of(momentum=0.8)
-    graph = ExpertGraph(config)
+    graph = SymphonyGraph(config)
     membership_TE = membership()
     target_EE = normalize_counts(counts_of(membership_TE), torch.tensor(float(NUM_TOKENS)), config)
     for _ in range(12):
@@ -156,7 +167,7 @@ def test_the_mean_and_the_stationary_variance_are_those_of_a_moving_average() ->
     """For i.i.d. counts: mean of A = mean of the targets, Var(A) = (1 - m) / (1 + m) Var(target)."""
     momentum, steps, burn_in = 0.8, 4000, 50
     config = config_of(momentum=momentum)
-    graph = ExpertGraph(config)
+    graph = SymphonyGraph(config)
     tokens = torch.tensor(8.0)
     states, targets = [], []
     for step in range(steps):
@@ -174,7 +185,7 @@ def test_the_mean_and_the_stationary_variance_are_those_of_a_moving_average() ->
 
 
 def test_smoothing_follows_the_formula_entry_by_entry() -> None:
-    graph = ExpertGraph(config_of(momentum=0.0))
+    graph = SymphonyGraph(config_of(momentum=0.0))
     graph.update(flat(membership()))
     values_TE = torch.randn(4, NUM_EXPERTS, generator=torch.Generator().manual_seed(1))
     adjacency_EE = graph.adjacency_EE
@@ -188,7 +199,7 @@ def test_smoothing_follows_the_formula_entry_by_entry() -> None:
 
 
 def test_counts_add_up_over_forwards_and_are_taken_once() -> None:
-    graph = ExpertGraph(config_of())
+    graph = SymphonyGraph(config_of())
     first_TE, second_TE = membership(seed=1), membership(seed=2)
     graph.count(first_TE)
     graph.count(second_TE)
@@ -197,7 +208,7 @@ def test_counts_add_up_over_forwards_and_are_taken_once() -> None:
 
 
 def test_counting_does_not_change_the_tensor_that_was_counted() -> None:
-    graph = ExpertGraph(config_of())
+    graph = SymphonyGraph(config_of())
     membership_TE = membership()
     before = membership_TE.clone()
     graph.count(membership_TE)
@@ -206,14 +217,14 @@ def test_counting_does_not_change_the_tensor_that_was_counted() -> None:
 
 
 def test_rows_of_padding_are_neither_counted_nor_tokens() -> None:
-    graph = ExpertGraph(config_of())
+    graph = SymphonyGraph(config_of())
     membership_TE = membership()
     graph.count(torch.cat([membership_TE, torch.zeros(7, NUM_EXPERTS)]))
     assert torch.equal(graph.take_counts(), flat(membership_TE))
 
 
 def test_a_step_without_any_token_changes_nothing() -> None:
-    graph = ExpertGraph(config_of())
+    graph = SymphonyGraph(config_of())
     graph.update(flat(membership()))
     before = graph.adjacency_EE.clone()
     graph.update(graph.take_counts())
@@ -223,7 +234,7 @@ def test_a_step_without_any_token_changes_nothing() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_casting_the_model_leaves_the_graph_in_fp32_with_all_its_bits(dtype: torch.dtype) -> None:
-    model = nn.Sequential(nn.Linear(2, 2), ExpertGraph(config_of(momentum=0.99)))
+    model = nn.Sequential(nn.Linear(2, 2), SymphonyGraph(config_of(momentum=0.99)))
     graph = model[1]
     graph.update(flat(membership()))
     before = graph.adjacency_EE.clone()
@@ -239,7 +250,7 @@ def test_casting_the_model_leaves_the_graph_in_fp32_with_all_its_bits(dtype: tor
 
 def test_a_half_precision_graph_would_not_move() -> None:
     """Why fp32: a step of (1 - 0.99) times a small difference is below half of a bfloat16 unit at 1."""
-    graph = ExpertGraph(config_of(momentum=0.999, strength=0.1))
+    graph = SymphonyGraph(config_of(momentum=0.999, strength=0.1))
     graph.update(flat(membership()))
     moved = (graph.adjacency_EE - torch.eye(NUM_EXPERTS)).abs().diagonal()
     assert (moved > 0).all()
@@ -247,13 +258,13 @@ def test_a_half_precision_graph_would_not_move() -> None:
 
 
 def test_state_and_scratch_are_told_apart_in_checkpoints() -> None:
-    graph = ExpertGraph(config_of())
+    graph = SymphonyGraph(config_of())
     graph.count(membership())
     assert set(graph.state_dict()) == {"adjacency_EE", "num_updates"}
 
 
 def test_updating_a_model_updates_every_graph_once_and_a_model_without_graphs_is_fine() -> None:
-    model = nn.ModuleDict({"a": ExpertGraph(config_of()), "b": nn.ModuleList([ExpertGraph(config_of())])})
+    model = nn.ModuleDict({"a": SymphonyGraph(config_of()), "b": nn.ModuleList([SymphonyGraph(config_of())])})
     graphs = dict(expert_graphs(model))
     assert list(graphs) == ["a", "b.0"]
     graphs["b.0"].count(membership())
@@ -271,6 +282,104 @@ def test_updating_a_model_updates_every_graph_once_and_a_model_without_graphs_is
     ],
 )
 def test_active_says_in_which_mode_the_graph_takes_part(active: str, in_training: bool, in_evaluation: bool) -> None:
-    graph = ExpertGraph(config_of(active=active))
+    graph = SymphonyGraph(config_of(active=active))
     assert graph.train().is_active is in_training
     assert graph.eval().is_active is in_evaluation
+
+
+def random_rows(size: int = NUM_EXPERTS, seed: int = 0) -> Tensor:
+    rows = torch.rand(size, size, generator=torch.Generator().manual_seed(seed))
+    return rows / rows.sum(1, keepdim=True)
+
+
+def graph_of(kind: str, **settings: Any) -> ExpertGraph:
+    graph = make_expert_graph(config_of(expert_graph=kind, **settings))
+    assert graph is not None
+    graph.reset()
+    return graph
+
+
+def test_a_composition_names_its_kind_of_graph() -> None:
+    kinds = {"symphony": SymphonyGraph, "learnable": LearnableGraph, "fixed": StoredGraph}
+    assert {kind: type(graph_of(kind)) for kind in kinds} == kinds
+    assert make_expert_graph(config_of(expert_graph="none")) is None
+
+
+@pytest.mark.parametrize("num_experts", [2, 5, 64])
+def test_a_learnable_graph_starts_near_the_identity(num_experts: int) -> None:
+    adjacency_EE = graph_of("learnable", num_experts=num_experts).adjacency_EE
+    expected_EE = torch.full((num_experts, num_experts), 0.1 / (num_experts - 1)).fill_diagonal_(0.9)
+    # An fp32 logarithm and its exponential.
+    torch.testing.assert_close(adjacency_EE, expected_EE, atol=0, rtol=1e-5)
+
+
+def test_a_single_experts_learnable_graph_is_one() -> None:
+    graph = graph_of("learnable", num_experts=1, num_experts_per_tok=1)
+    assert torch.equal(graph.adjacency_EE, torch.ones(1, 1))
+
+
+def test_a_learnable_graph_is_the_row_softmax_of_its_matrix_and_descends_to_a_target() -> None:
+    """The graph alone can turn gate values into their permutation, so gradient must find that matrix."""
+    graph = graph_of("learnable")
+    values_TE = torch.rand(200, NUM_EXPERTS, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    target_EE = torch.eye(NUM_EXPERTS).roll(1, 0)
+    optimizer = torch.optim.Adam(graph.parameters(), lr=0.1)
+    for _ in range(300):
+        loss = (graph(values_TE) - values_TE @ target_EE.T).square().sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert isinstance(graph, LearnableGraph)
+    torch.testing.assert_close(graph.adjacency_EE, graph.logits_EE.softmax(-1), atol=0, rtol=0)
+    # A softmax reaches a one-hot row only in the limit; three quarters of the way cannot be chance.
+    assert (graph.adjacency_EE * target_EE).sum(1).min() > 0.75
+
+
+@pytest.mark.parametrize("kind", ["learnable", "fixed"])
+def test_updates_leave_a_graph_that_is_not_counted_alone(kind: str) -> None:
+    model = nn.ModuleList([graph_of(kind), graph_of("symphony")])
+    before_EE = model[0].adjacency_EE.detach().clone()
+    model[1].count(membership())
+    update_expert_graphs(model)
+    assert torch.equal(model[0].adjacency_EE, before_EE) and int(model[0].num_updates) == 0
+    assert int(model[1].num_updates) == 1
+
+
+def test_a_learnable_graph_keeps_fp32_and_what_a_checkpoint_provided() -> None:
+    graph = graph_of("learnable")
+    assert isinstance(graph, LearnableGraph)
+    graph.logits_EE.data.normal_()
+    before_EE = graph.logits_EE.detach().clone()
+    graph.bfloat16()
+    graph.logits_EE._is_hf_initialized = True  # type: ignore[attr-defined]
+    graph.reset()
+    assert graph.logits_EE.dtype == torch.float32 and torch.equal(graph.logits_EE, before_EE)
+
+
+def test_a_fixed_graph_is_the_identity_until_it_is_set_and_is_saved() -> None:
+    model = nn.ModuleList([graph_of("fixed"), graph_of("fixed")])
+    assert torch.equal(model[1].adjacency_EE, torch.eye(NUM_EXPERTS))
+    adjacency_EE = random_rows()
+    set_expert_graph_(model, adjacency_EE)
+    loaded = nn.ModuleList([graph_of("fixed"), graph_of("fixed")])
+    loaded.load_state_dict(model.state_dict())
+    for graph in (*model, *loaded):
+        assert torch.equal(graph.adjacency_EE, adjacency_EE)
+        assert graph.adjacency_EE is not adjacency_EE
+    assert not list(model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["symphony", "learnable", "none"])
+def test_a_graph_that_would_move_cannot_be_set(kind: str) -> None:
+    model = nn.Identity() if kind == "none" else graph_of(kind)
+    with pytest.raises(InputError, match="expert_graph: fixed"):
+        set_expert_graph_(model, torch.eye(NUM_EXPERTS))
+
+
+@pytest.mark.parametrize(
+    "matrix", [torch.eye(NUM_EXPERTS + 1), torch.ones(NUM_EXPERTS), torch.full((NUM_EXPERTS, NUM_EXPERTS), torch.nan)]
+)
+def test_a_matrix_that_does_not_fit_is_refused_with_its_shape(matrix: Tensor) -> None:
+    with pytest.raises(InputError, match=r"5 x 5 finite numbers") as error:
+        set_expert_graph_(graph_of("fixed"), matrix)
+    assert str(tuple(matrix.shape)) in str(error.value)

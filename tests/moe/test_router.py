@@ -1,4 +1,4 @@
-"""Routers against the formula written out in loops, and the properties that Symphony claims."""
+"""Routers against the formula written out in loops, and what must hold at their edges. Proofs: `test_proofs.py`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from symphony_vlm.moe.configuration import MoEConfig
-from symphony_vlm.moe.layer import SparseMoE
 from symphony_vlm.moe.router import Router
 
 NUM_EXPERTS, HIDDEN, NUM_TOKENS = 5, 8, 23
@@ -23,8 +22,9 @@ def router_of(*, adjacency_EE: Tensor | None = None, seed: int = 0, **settings: 
     router = Router(config, HIDDEN, layer_name="decoder layer 7")
     router.reset(torch.Generator().manual_seed(seed))
     with torch.no_grad():
-        router.gate.weight *= 50  # clear preferences: N(0, 1) weights instead of N(0, 0.02)
-        if adjacency_EE is not None and router.expert_graph is not None:
+        for parameter in router.gate.parameters():
+            parameter *= 50  # clear preferences: N(0, 1) weights instead of N(0, 0.02)
+        if adjacency_EE is not None and router.config.expert_graph == "symphony":
             router.expert_graph.adjacency_EE.copy_(adjacency_EE)
     return router.eval()
 
@@ -38,17 +38,6 @@ def identity_router(adjacency_EE: Tensor, **settings: Any) -> Router:
         assert router.expert_graph is not None
         router.expert_graph.adjacency_EE.copy_(adjacency_EE)
     return router
-
-
-def layer_of(*, seed: int = 0, **settings: Any) -> SparseMoE:
-    config = MoEConfig(**({"num_experts": NUM_EXPERTS} | settings))
-    layer = SparseMoE(config, hidden_size=HIDDEN, intermediate_size=12, hidden_act="silu", layer_index=0)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        layer.reset(seed=seed, std=0.3)
-    with torch.no_grad():
-        layer.router.gate.weight *= 50
-    return layer.eval()
 
 
 def tokens(num_tokens: int = NUM_TOKENS, *, seed: int = 1, size: int = HIDDEN) -> Tensor:
@@ -107,23 +96,6 @@ def test_a_router_equals_the_formula_in_loops(
 
 
 @pytest.mark.parametrize(("smooth", "applies_to", "score"), COMPOSITIONS)
-def test_with_the_identity_as_graph_symphony_is_the_plain_router_bit_for_bit(
-    smooth: str, applies_to: str, score: str
-) -> None:
-    """A product with the identity adds zeros only, so no tolerance is due, in outputs or gradients."""
-    results = []
-    for name in ("smoe", "symphony_smoe"):
-        layer = layer_of(router=name, smooth=smooth, applies_to=applies_to, score=score)
-        x_TD = tokens().requires_grad_()
-        y_BSD = layer(x_TD[None])
-        y_BSD.square().sum().backward()
-        results.append([y_BSD, x_TD.grad, *(p.grad for p in layer.parameters())])
-    for plain, symphony in zip(*results, strict=True):
-        assert torch.equal(plain, symphony)
-        assert plain.abs().sum() > 0
-
-
-@pytest.mark.parametrize(("smooth", "applies_to", "score"), COMPOSITIONS)
 def test_a_graph_other_than_the_identity_changes_what_it_applies_to(smooth: str, applies_to: str, score: str) -> None:
     x_TD = tokens(200)
     plain = router_of(router="smoe", score=score)(x_TD)
@@ -136,24 +108,6 @@ def test_a_graph_other_than_the_identity_changes_what_it_applies_to(smooth: str,
     unsmoothed_TK = plain_all_TE.gather(-1, out.indices_TK)
     unsmoothed_TK = unsmoothed_TK / unsmoothed_TK.sum(-1, keepdim=True)
     assert torch.equal(out.weights_TK, unsmoothed_TK) is (applies_to == "selection")
-
-
-@pytest.mark.parametrize(("smooth", "applies_to", "score"), COMPOSITIONS)
-def test_relabelling_the_experts_leaves_the_layer_unchanged(smooth: str, applies_to: str, score: str) -> None:
-    """With a permutation P of the experts, A becomes P A P^T."""
-    layer = layer_of(router="symphony_smoe", smooth=smooth, applies_to=applies_to, score=score)
-    relabelled = layer_of(router="symphony_smoe", smooth=smooth, applies_to=applies_to, score=score)
-    order_E = torch.tensor([3, 0, 4, 1, 2])
-    assert layer.router.expert_graph is not None and relabelled.router.expert_graph is not None
-    with torch.no_grad():
-        layer.router.expert_graph.adjacency_EE.copy_(random_graph())
-        relabelled.router.expert_graph.adjacency_EE.copy_(random_graph()[order_E][:, order_E])
-        relabelled.router.gate.weight.copy_(layer.router.gate.weight[order_E])
-        relabelled.experts.gate_up_proj.copy_(layer.experts.gate_up_proj[order_E])
-        relabelled.experts.down_proj.copy_(layer.experts.down_proj[order_E])
-    x_BSD = tokens()[None]
-    # The K outputs of a token are added in another order: one rounding of fp32 sums of size about 10.
-    torch.testing.assert_close(layer(x_BSD), relabelled(x_BSD), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("router", ["smoe", "symphony_smoe"])
@@ -198,26 +152,55 @@ def test_a_single_expert_gets_everything_with_weight_one() -> None:
     assert torch.equal(router.membership(out, None), torch.ones(NUM_TOKENS, 1))
 
 
-def test_the_gate_computes_in_fp32_whatever_surrounds_it() -> None:
-    router = router_of()
+@pytest.mark.parametrize("smooth", ["probs", "logits"])
+@pytest.mark.parametrize("gate", ["linear", "cosine"])
+@pytest.mark.parametrize("expert_graph", ["none", "symphony", "learnable"])
+def test_the_router_computes_in_fp32_whatever_surrounds_it(expert_graph: str, gate: str, smooth: str) -> None:
+    router = router_of(gate=gate, expert_graph=expert_graph, smooth=smooth, adjacency_EE=random_graph())
     x_TD = tokens().bfloat16()
-    reference_TE = x_TD.float() @ router.gate.weight.T
+    reference = router(x_TD.float())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside_TE = router(x_TD).logits_TE
-    for logits_TE in (inside_TE, router.bfloat16()(x_TD).logits_TE):
-        assert logits_TE.dtype == torch.float32
-        assert torch.equal(logits_TE, reference_TE)
+        inside = router(x_TD)
+    for out in (inside, router.bfloat16()(x_TD)):
+        for name in ("logits_TE", "scores_TE", "weights_TK"):
+            assert getattr(out, name).dtype == torch.float32
+            assert torch.equal(getattr(out, name), getattr(reference, name))
 
 
-def test_a_cast_router_still_trains_the_same_parameter() -> None:
-    router = router_of()
+@pytest.mark.parametrize("gate", ["linear", "cosine"])
+def test_a_cast_router_still_trains_the_same_parameters_in_fp32(gate: str) -> None:
+    router = router_of(gate=gate)
     optimizer = torch.optim.SGD(router.parameters(), lr=0.1)
-    router.bfloat16()
     router(tokens()).weights_TK[:, 0].sum().backward()
-    before = router.gate.weight.detach().clone()
+    router.bfloat16()
+    before = [parameter.detach().clone() for parameter in router.parameters()]
     optimizer.step()
-    assert router.gate.weight.dtype == torch.float32
-    assert not torch.equal(before, router.gate.weight)
+    for parameter, old in zip(router.parameters(), before, strict=True):
+        assert parameter.dtype == torch.float32 and parameter.grad is not None
+        assert parameter.grad.dtype == torch.float32
+        assert not torch.equal(old, parameter)
+
+
+@pytest.mark.parametrize("gate", ["linear", "cosine"])
+@pytest.mark.parametrize("expert_graph", ["none", "symphony", "learnable"])
+def test_routing_and_counting_compile_without_a_graph_break(expert_graph: str, gate: str) -> None:
+    """``fullgraph=True`` raises at the first break."""
+    router = router_of(gate=gate, expert_graph=expert_graph, adjacency_EE=random_graph()).train()
+
+    def step(x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        out = router(x_TD)
+        if expert_graph == "symphony":
+            router.expert_graph.count(router.membership(out, None))
+        return out.weights_TK, out.indices_TK
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, backend="eager", fullgraph=True)
+    results = []
+    for function in (compiled, step):
+        values = function(tokens())
+        results.append([*values, router.expert_graph.take_counts()] if expert_graph == "symphony" else values)
+    for ours, reference in zip(*results, strict=True):
+        assert torch.equal(ours, reference)
 
 
 def test_jitter_moves_the_input_within_its_width_and_only_in_training() -> None:
@@ -251,69 +234,3 @@ def test_soft_membership_is_the_weights_of_at_least_the_top_two(num_experts_per_
     for row, scores in zip(membership_TE, out.scores_TE, strict=True):
         best = scores.argsort(descending=True)[:counted]
         torch.testing.assert_close(row[best], scores[best] / scores[best].sum())
-
-
-# Additive noise on the logits (smooth: logits): what a graph does to it in closed form.
-
-SIGMA = 0.7
-DRAWS = 40_000
-LOGITS = torch.tensor([1.0, 0.9, 0.2, 0.1])
-COMMUNITIES = torch.block_diag(torch.full((2, 2), 0.5), torch.full((2, 2), 0.5))
-
-
-def noisy_scores(adjacency_EE: Tensor, seed: int = 0) -> Tensor:
-    noise_TE = SIGMA * tokens(DRAWS, seed=seed, size=len(adjacency_EE))
-    scores_TE: Tensor = identity_router(adjacency_EE, smooth="logits")(LOGITS + noise_TE).scores_TE
-    return scores_TE
-
-
-def error_rate(adjacency_EE: Tensor, better: int, worse: int) -> float:
-    """Share of noisy tokens for which the graph ranks `worse` above `better`."""
-    scores_TE = noisy_scores(adjacency_EE)
-    return float((scores_TE[:, better] < scores_TE[:, worse]).float().mean())
-
-
-def expected_error_rate(adjacency_EE: Tensor, better: int, worse: int) -> float:
-    """Q((a_i - a_j)^T z / (s ||a_i - a_j||)), Q the upper tail of the standard normal distribution."""
-    direction_E = adjacency_EE[better] - adjacency_EE[worse]
-    return 0.5 * math.erfc(float(direction_E @ LOGITS / (SIGMA * direction_E.norm())) / math.sqrt(2))
-
-
-@pytest.mark.parametrize("graph_EE", [torch.eye(4), COMMUNITIES, random_graph(size=4)], ids=["I", "blocks", "random"])
-def test_noise_is_damped_by_the_norm_of_the_graphs_rows(graph_EE: Tensor) -> None:
-    router = identity_router(graph_EE, smooth="logits")
-    assert router.expert_graph is not None
-    noise_TE = SIGMA * tokens(DRAWS, size=4)
-    variance_E = router.expert_graph(noise_TE).var(0)
-    # A sample variance of N draws has a relative standard error of sqrt(2 / N) = 0.7 %; 3 % is four of them.
-    torch.testing.assert_close(variance_E, SIGMA**2 * graph_EE.square().sum(1), rtol=0.03, atol=0)
-    assert (graph_EE.square().sum(1) <= 1 + 1e-6).all()
-
-
-@pytest.mark.parametrize(("better", "worse"), [(0, 2), (1, 2), (0, 3), (0, 1)])
-@pytest.mark.parametrize(
-    "graph_EE",
-    [torch.eye(4), 0.5 * torch.eye(4) + 0.5 * COMMUNITIES, random_graph(size=4)],
-    ids=["I", "half", "random"],
-)
-def test_the_probability_of_a_flip_is_the_closed_form(graph_EE: Tensor, better: int, worse: int) -> None:
-    expected = expected_error_rate(graph_EE, better, worse)
-    # A proportion of N draws: standard error at most 0.5 / sqrt(N) = 0.25 %; four of them.
-    assert error_rate(graph_EE, better, worse) == pytest.approx(expected, abs=0.01)
-
-
-def test_a_graph_that_knows_the_communities_makes_fewer_errors_between_them() -> None:
-    # Closed forms: Q(0.7 / (0.7 sqrt 2)) = 0.24 for the plain router, Q(0.8 / 0.7) = 0.13 for the averaged pairs.
-    assert error_rate(COMMUNITIES, 1, 2) < error_rate(torch.eye(4), 1, 2) - 0.05
-
-
-def test_the_uniform_graph_knows_nothing_any_more() -> None:
-    scores_TE = noisy_scores(torch.full((4, 4), 0.25))
-    # All scores are 1 / 4 but for the rounding of a sum of four.
-    torch.testing.assert_close(scores_TE, torch.full_like(scores_TE, 0.25), atol=1e-6, rtol=0)
-
-
-def test_random_graphs_do_not_help_on_average() -> None:
-    plain = expected_error_rate(torch.eye(4), 1, 2)
-    rates = [error_rate(random_graph(seed, size=4), 1, 2) for seed in range(20)]
-    assert sum(rates) / len(rates) > plain
