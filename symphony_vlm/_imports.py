@@ -63,24 +63,25 @@ def _declare_torchvision_operators() -> None:
         _schemas.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
-def _register(part: str, module: str) -> Callable[[], None]:
+def _register(**modules: str) -> Callable[[], None]:
+    """A hook that registers parts, given with the modules that define them."""
+
     def hook() -> None:
-        # If our module is the one that is importing transformers right now, its class does not exist yet; it
-        # registers itself at its end.
-        if module not in sys.modules:
-            importlib.import_module("symphony_vlm.model.registration").register(part)
+        for part, module in modules.items():
+            # If our module is the one that is importing transformers right now, its class does not exist yet; it
+            # registers itself at its end.
+            if f"symphony_vlm.model.{module}" not in sys.modules:
+                importlib.import_module("symphony_vlm.model.registration").register(part)
 
     return hook
 
 
 _BEFORE: dict[str, Callable[[], None]] = {"torchvision": _declare_torchvision_operators}
 _AFTER: dict[str, Callable[[], None]] = {
-    "transformers.models.auto.configuration_auto": _register("config", "symphony_vlm.model.configuration"),
-    "transformers.models.auto.modeling_auto": _register("model", "symphony_vlm.model.vlm"),
-    "transformers.models.auto.image_processing_auto": _register(
-        "image_processor", "symphony_vlm.model.image_processor"
-    ),
-    "transformers.models.auto.processing_auto": _register("processor", "symphony_vlm.model.processor"),
+    "transformers.models.auto.configuration_auto": _register(config="configuration"),
+    "transformers.models.auto.modeling_auto": _register(model="vlm", language_model="language_model"),
+    "transformers.models.auto.image_processing_auto": _register(image_processor="image_processor"),
+    "transformers.models.auto.processing_auto": _register(processor="processor"),
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -13,7 +13,10 @@ from symphony_vlm.config.recipe import Recipe
 from symphony_vlm.errors import InputError
 from symphony_vlm.text import nearest
 
-__all__ = ["apply_overrides", "config_folder", "list_recipes", "load_recipe"]
+if TYPE_CHECKING:
+    from symphony_vlm.moe.configuration import MoEConfig
+
+__all__ = ["apply_overrides", "config_folder", "list_recipes", "load_moe_settings", "load_recipe"]
 
 
 def config_folder() -> Path:
@@ -40,13 +43,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         InputError: no such recipe, invalid YAML, an unknown key (the nearest valid one is named), or a bad value.
     """
     path = _find(name_or_path)
-    try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise InputError(f"not valid YAML: {' '.join(str(error).split())}", where=str(path)) from error
-    if not isinstance(values, dict):
-        raise InputError("a recipe is a mapping with model, data and stages", where=str(path))
-    values = _numeric(values)
+    values = _read(path, "a recipe is a mapping with model, data and stages")
     apply_overrides(values, overrides)
     try:
         recipe = Recipe.model_validate(values)
@@ -54,6 +51,42 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         raise _explain(error, str(path)) from error
     _check_names(recipe)
     return recipe
+
+
+def load_moe_settings(name_or_path: str, overrides: Sequence[str] = ()) -> MoEConfig:
+    """Settings of sparse layers: a recipe's ``model.moe``, or a YAML file of these settings alone.
+
+    Args:
+        name_or_path: a packaged recipe's name, or a YAML file: a recipe, or the settings, perhaps below ``moe``.
+        overrides: ``a.b=c`` assignments to what is written there, see `load_recipe`.
+
+    Raises:
+        InputError: no such file, a recipe without ``model.moe``, an unknown key or a bad value.
+    """
+    from symphony_vlm.moe.configuration import MoEConfig
+
+    path = _find(name_or_path)
+    values = _read(path, "settings of sparse layers are a mapping")
+    if "model" in values:
+        settings = load_recipe(name_or_path, overrides).model.moe
+        if settings is None:
+            raise InputError(
+                "the recipe has no model.moe", where=str(path), remedy="Add model.moe.router=symphony_smoe."
+            )
+        return MoEConfig.from_dict(settings)
+    apply_overrides(values, overrides)
+    return MoEConfig.from_dict(values["moe"] if isinstance(values.get("moe"), dict) else values)
+
+
+def _read(path: Path, expected: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise InputError(f"not valid YAML: {' '.join(str(error).split())}", where=str(path)) from error
+    if not isinstance(values, dict):
+        raise InputError(expected, where=str(path))
+    numeric: dict[str, Any] = _numeric(values)
+    return numeric
 
 
 def _check_names(recipe: Recipe) -> None:

@@ -11,12 +11,69 @@ from symphony_vlm.errors import InputError
 from symphony_vlm.model.registration import register
 from symphony_vlm.moe.configuration import MoEConfig
 
-__all__ = ["SymphonyVLMConfig"]
+__all__ = ["SymphonyLMConfig", "SymphonyVLMConfig"]
 
 PROJECTORS = ("linear", "mlp2x_gelu")
 
 
-class SymphonyVLMConfig(PreTrainedConfig):
+class _AroundLanguageModel(PreTrainedConfig):
+    """What the configurations of a model around a causal LM share."""
+
+    sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig}
+
+    def _set_language_model(
+        self,
+        text_config: PreTrainedConfig | dict[str, Any] | None,
+        moe: MoEConfig | dict[str, Any] | None,
+        kwargs: dict[str, Any],
+    ) -> None:
+        if isinstance(text_config, dict):
+            text_config = AutoConfig.for_model(**text_config)
+        self.text_config = text_config
+        self.moe = MoEConfig.from_dict(moe).to_dict() if isinstance(moe, dict) else moe.to_dict() if moe else None
+        # Generation and checkpoint code look these up on the top-level config.
+        if text_config is not None:
+            kwargs.setdefault("tie_word_embeddings", bool(getattr(text_config, "tie_word_embeddings", False)))
+            for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+                kwargs.setdefault(name, getattr(text_config, name, None))
+
+
+class SymphonyLMConfig(_AroundLanguageModel):
+    """A causal LM with sparse layers.
+
+    Args:
+        text_config: any Hugging Face causal LM's config, or its dict with ``model_type``.
+        moe: settings of the sparse layers, see `symphony_vlm.moe.configuration.MoEConfig`.
+    """
+
+    model_type = "symphony_lm"
+
+    def __init__(
+        self,
+        text_config: PreTrainedConfig | dict[str, Any] | None = None,
+        moe: MoEConfig | dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._set_language_model(text_config, moe, kwargs)
+        super().__init__(**kwargs)
+
+    @property
+    def moe_config(self) -> MoEConfig:
+        """The sparse layers' settings as an object.
+
+        Raises:
+            InputError: there are none.
+        """
+        if self.moe is None:
+            raise InputError(
+                "a symphony_lm has sparse layers, but there are no settings for them",
+                where="config.moe",
+                remedy="Open a dense language model with its own class.",
+            )
+        return MoEConfig.from_dict(self.moe)
+
+
+class SymphonyVLMConfig(_AroundLanguageModel):
     """Vision tower, projector, language model, and the sparse layers inside the language model.
 
     Args:
@@ -30,7 +87,6 @@ class SymphonyVLMConfig(PreTrainedConfig):
     """
 
     model_type = "symphony_vlm"
-    sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig}
 
     def __init__(
         self,
@@ -45,20 +101,18 @@ class SymphonyVLMConfig(PreTrainedConfig):
     ) -> None:
         if projector not in PROJECTORS:
             raise InputError(f"{projector!r} is not one of {', '.join(PROJECTORS)}", where="model.projector")
-        if isinstance(text_config, dict):
-            text_config = AutoConfig.for_model(**text_config)
+        self._set_language_model(text_config, moe, kwargs)
+        if isinstance(self.text_config, SymphonyLMConfig):
+            raise InputError(
+                "the language model has sparse layers already",
+                where="model.language",
+                remedy="Give the dense one it was made of; a stage with upcycle: true makes it sparse.",
+            )
         self.vision_config = vision_config
-        self.text_config = text_config
-        self.moe = MoEConfig.from_dict(moe).to_dict() if isinstance(moe, dict) else moe.to_dict() if moe else None
         self.projector = projector
         self.image_token_id = image_token_id
         self.num_image_tokens = num_image_tokens
         self.ignore_index = ignore_index
-        # Generation and checkpoint code look these up on the top-level config.
-        if text_config is not None:
-            kwargs.setdefault("tie_word_embeddings", bool(getattr(text_config, "tie_word_embeddings", False)))
-            for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-                kwargs.setdefault(name, getattr(text_config, name, None))
         super().__init__(**kwargs)
 
     @property

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 from symphony_vlm.errors import InputError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from symphony_vlm.model.vlm import SymphonyVLMForConditionalGeneration
 
-__all__ = ["load", "resolve_model_folder"]
+__all__ = ["load", "load_language_model", "local_folder", "resolve_model_folder"]
 
 
 def resolve_model_folder(name: str | Path) -> str:
@@ -38,6 +40,28 @@ def resolve_model_folder(name: str | Path) -> str:
     return str(name)
 
 
+def local_folder(name: str | Path) -> Path:
+    """`resolve_model_folder`, and for a hub name the folder of its files on this machine, fetched if need be.
+
+    Raises:
+        InputError: no such model, here or on the hub.
+    """
+    folder = resolve_model_folder(name)
+    if Path(folder).is_dir():
+        return Path(folder)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(folder, ignore_patterns=["*.bin", "*.pth", "*.gguf", "*.onnx", "*.h5", "*/*"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(
+            f"cannot be fetched from the hub: {str(error).splitlines()[0][:200]}",
+            where=str(name),
+            remedy="Give a local folder, or a hub id while online.",
+        ) from error
+
+
 def load(
     name: str | Path, *, device: str | None = None, dtype: str = "auto", **kwargs: Any
 ) -> SymphonyVLMForConditionalGeneration:
@@ -53,7 +77,13 @@ def load(
         InputError: no model there, or the weights do not fit the configuration.
     """
     folder = resolve_model_folder(name)
-    _check_model_type(folder)
+    found = model_type_of(folder)
+    if found is not None and found != "symphony_vlm":
+        remedy = "Give a model trained here."
+        if found == "symphony_lm":
+            remedy = "This is a language model: use symphony_vlm.load_language_model."
+        where = str(Path(folder) / "config.json")
+        raise InputError(f"model_type is {found!r}, expected 'symphony_vlm'", where=where, remedy=remedy)
     import torch
 
     from symphony_vlm.model.processor import SymphonyVLMProcessor
@@ -69,15 +99,51 @@ def load(
     return model.to(chosen).eval()
 
 
-def _check_model_type(folder: str) -> None:
+def load_language_model(
+    name: str | Path, *, device: str | None = None, dtype: str = "auto", **kwargs: Any
+) -> PreTrainedModel:
+    """A causal LM in evaluation mode: one with sparse layers saved here (``symphony_lm``), or any of Hugging Face.
+
+    Its tokenizer, where one was saved beside it, is opened by transformers' ``AutoTokenizer``.
+
+    Args:
+        name: folder of a saved model, or a hub name.
+        device: e.g. ``cuda``; default: the accelerator if there is one, else the CPU.
+        dtype: ``auto`` (as saved), ``float32``, ``bfloat16``.
+        kwargs: for ``from_pretrained``.
+
+    Raises:
+        InputError: no causal LM there, or the weights do not fit the configuration.
+    """
+    folder = resolve_model_folder(name)
+    if model_type_of(folder) == "symphony_vlm":
+        raise InputError("this is a vision-language model", where=folder, remedy="Use symphony_vlm.load.")
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **kwargs)
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        raise InputError(first, where=folder, remedy="Give the folder of a saved causal language model.") from error
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+
+
+def model_type_of(folder: str) -> str | None:
+    """``model_type`` of a local folder's config.json, or None for a hub name.
+
+    Raises:
+        InputError: the file is no JSON object.
+    """
     file = Path(folder) / "config.json"
     if not file.is_file():
-        return
+        return None
     try:
-        found = json.loads(file.read_text()).get("model_type")
+        values = json.loads(file.read_text())
     except ValueError as error:
         raise InputError(f"not valid JSON ({error})", where=str(file)) from error
-    if found != "symphony_vlm":
-        raise InputError(
-            f"model_type is {found!r}, expected 'symphony_vlm'", where=str(file), remedy="Give a model trained here."
-        )
+    if not isinstance(values, dict):
+        raise InputError("a configuration is a JSON object", where=str(file))
+    return str(values.get("model_type"))

@@ -7,7 +7,7 @@
                                                                                 |
          language model (any Hugging Face causal LM): [ attention, FFN | SparseMoE ] x layers
                            SparseMoE: router -> dispatch -> experts -> combine
-                           router:    gate -> (expert graph) -> top-K
+                           router:    gate -> (token graph) -> (expert graph) -> top-K
                                                                                 |
          logits --> loss = cross entropy + weighted router losses --> output (loss parts, router record)
 
@@ -17,57 +17,36 @@ Shape letters: B batch, S sequence, N images, P features per image, C vision hid
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationMixin
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import ModelOutput
 
 from symphony_vlm.data.images import ImageLike, open_image
 from symphony_vlm.data.sample import ImagePart, Message, TextPart
 from symphony_vlm.errors import InputError
 from symphony_vlm.model.configuration import SymphonyVLMConfig
-from symphony_vlm.model.loss import training_loss
 from symphony_vlm.model.merge import merge_image_features, position_ids_from_mask
+from symphony_vlm.model.pretrained import SymphonyOutput, SymphonyPreTrainedModel
 from symphony_vlm.model.processor import SymphonyVLMProcessor
 from symphony_vlm.model.projector import build_projector
 from symphony_vlm.model.registration import register
 from symphony_vlm.model.vision import VisionConfig, build_vision_tower
 from symphony_vlm.moe.configuration import MoEConfig
-from symphony_vlm.moe.recording import RoutingRecorder, sparse_layers
-from symphony_vlm.moe.upcycle import install_moe_, upcycle_
+from symphony_vlm.moe.installation import install_moe_
+from symphony_vlm.moe.upcycle import upcycle_
 
-__all__ = ["SymphonyVLMForConditionalGeneration", "SymphonyVLMOutput"]
-
-
-@dataclass
-class SymphonyVLMOutput(ModelOutput):
-    """Output of the model. `loss_parts` has the detached parts of the loss by name, see `loss.training_loss`."""
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-    loss_parts: dict[str, Tensor] | None = None
+__all__ = ["SymphonyVLMForConditionalGeneration"]
 
 
-class SymphonyVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
-    """Vision tower + projector + causal LM whose feed-forward layers may be mixtures of experts."""
+class SymphonyVLMForConditionalGeneration(SymphonyPreTrainedModel, GenerationMixin):
+    """Vision tower + projector + causal LM; the feed-forward layers of each may be mixtures of experts."""
 
     config_class = SymphonyVLMConfig
     base_model_prefix = ""
-    main_input_name = "input_ids"
     input_modalities = ("image", "text")
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_attention_backend = True
-    # Loading in bfloat16 must leave gates and graphs in fp32 (and the graphs' integer counters alone).
-    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["router.gate", "router.expert_graph.adjacency_EE"]
 
     def __init__(self, config: SymphonyVLMConfig) -> None:
         super().__init__(config)
@@ -76,10 +55,15 @@ class SymphonyVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.projector = build_projector(config.projector, self.vision_tower.hidden_size, config.hidden_size)
         self.processor: SymphonyVLMProcessor | None = None
         """Set by `symphony_vlm.load`; needed by `chat`."""
-        self.routing: RoutingRecorder | None = None
+        self.routing = None
         if config.moe_config is not None:
-            self.routing = install_moe_(self.language_model, config.moe_config)
+            self.routing = install_moe_(self, config.moe_config)
         self.post_init()
+
+    @property
+    def moe_modules(self) -> dict[str, nn.Module]:
+        """Where experts can be, see `moe.feed_forward.placements`."""
+        return {"language": self.language_model, "projector": self, "vision": self.vision_tower}
 
     def forward(
         self,
@@ -93,7 +77,7 @@ class SymphonyVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
-    ) -> SymphonyVLMOutput:
+    ) -> SymphonyOutput:
         """One pass over merged image and text tokens.
 
         Args:
@@ -126,27 +110,11 @@ class SymphonyVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             **kwargs,
         )
-        loss, parts = None, None
-        if labels is not None:
-            loss, parts = training_loss(
-                outputs.logits,
-                labels,
-                self.routing,
-                ignore_index=self.config.ignore_index,
-                num_items_in_batch=num_items_in_batch,
-            )
-        return SymphonyVLMOutput(
-            loss=loss,
-            logits=outputs.logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            loss_parts=parts,
-        )
+        return self._output(outputs, labels, self.config.ignore_index, num_items_in_batch)
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
         """Projected features of images: ``[N, 3, H, W] -> [N, P, D]``."""
-        dtype = next(self.projector.parameters()).dtype
+        dtype = next(self.language_model.parameters()).dtype
         features_NPC = self.vision_tower(pixel_values.to(dtype))
         features_NPD: Tensor = self.projector(features_NPC)
         return features_NPD
@@ -186,11 +154,20 @@ class SymphonyVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return answer
 
     def upcycle_(self, moe: MoEConfig, *, seed: int = 0) -> None:
-        """Turns the dense language model into a mixture of experts, in place, proving equal logits (`moe.upcycle`)."""
-        if self.routing is not None:
-            raise InputError("the model already has sparse layers", where="upcycle", remedy="Start from a dense model.")
-        self.routing = upcycle_(self.language_model, moe, seed=seed)
-        self.config.moe = moe.to_dict()
+        """Turns dense layers into mixtures of experts, in place, proving equal logits (`moe.upcycle`)."""
+        upcycle_(self, moe, seed=seed)
+
+    def probe_inputs(self) -> dict[str, Tensor]:
+        """Fixed random inputs for a proof of equal logits: one picture and some text (`moe.proof`)."""
+        generator = torch.Generator().manual_seed(0)
+        size = self.vision_tower.config.image_size
+        text = torch.randint(0, self.config.text_config.vocab_size, (1, 16), generator=generator)
+        # The placeholder's id stands for the picture alone.
+        text[text == self.config.image_token_id] = (self.config.image_token_id + 1) % self.config.text_config.vocab_size
+        picture = torch.full((1, self.config.num_image_tokens), self.config.image_token_id)
+        pixels = torch.randn(1, 3, size, size, generator=generator)
+        inputs = {"input_ids": torch.cat([text[:, :4], picture, text[:, 4:]], dim=1), "pixel_values": pixels}
+        return {name: tensor.to(self.device) for name, tensor in inputs.items()}
 
     def train(self, mode: bool = True) -> SymphonyVLMForConditionalGeneration:
         """Training mode, but not for a frozen tower or projector: its batch norms and dropout must not act."""
@@ -235,31 +212,10 @@ class SymphonyVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         assert input_ids is not None
         return input_ids, kwargs | images
 
-    def get_input_embeddings(self) -> nn.Module:
-        """The language model's token embedding."""
-        embedding: nn.Module = self.language_model.get_input_embeddings()
-        return embedding
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replaces the token embedding."""
-        self.language_model.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module:
-        """The language model's head."""
-        head: nn.Module = self.language_model.get_output_embeddings()
-        return head
-
-    def set_output_embeddings(self, value: nn.Module) -> None:
-        """Replaces the language model's head."""
-        self.language_model.set_output_embeddings(value)
-
     @torch.no_grad()
     def initialize_weights(self) -> None:
         """Fills in what no checkpoint provided. Loading builds on the meta device, so nothing may stay raw memory."""
         super().initialize_weights()
-        std = getattr(self.config.text_config, "initializer_range", 0.02)
-        for _, layer in sparse_layers(self):
-            layer.reset(std=std)
         self._restore_tower_buffers()
 
     def _restore_tower_buffers(self) -> None:
@@ -273,44 +229,6 @@ class SymphonyVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         for name, buffer in self.vision_tower.named_buffers():
             if name in lost and buffer.device.type != "meta":
                 buffer.copy_(fresh[name])
-
-    @classmethod
-    def from_pretrained(cls, name: str, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, but a missing, extra or misshapen weight is an error that names it.
-
-        A graph missing from the checkpoint becomes the identity: that is how a plain router's checkpoint is opened
-        with a Symphony router.
-        """
-        wants_info = kwargs.pop("output_loading_info", False)
-        # Transformers' own error for a mismatch names no weight; let it pass there and raise ours below.
-        kwargs["ignore_mismatched_sizes"] = True
-        model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
-        missing = sorted(key for key in info["missing_keys"] if ".expert_graph." not in key)
-        faults = {"missing": missing, "unexpected": sorted(info["unexpected_keys"])}
-        faults["mismatched"] = [
-            f"{key}: {tuple(saved)} in the file, {tuple(needed)} in the model"
-            for key, saved, needed in sorted(info["mismatched_keys"])
-        ]
-        problems = [f"{len(keys)} {kind} ({', '.join(keys[:3])})" for kind, keys in faults.items() if keys]
-        if problems:
-            raise InputError(
-                f"the weights do not fit the configuration: {'; '.join(problems)}",
-                where=str(name),
-                remedy="Compare config.json with the weights; they must come from one save.",
-            )
-        _align_memory(model)
-        return (model, info) if wants_info else model
-
-
-def _align_memory(model: nn.Module) -> None:
-    """Copies CPU weights that safetensors mapped at odd addresses.
-
-    Matrix kernels take other paths there and round differently, so that a loaded model would differ from the saved
-    one in the last bit.
-    """
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
-            tensor.data = tensor.data.clone()
 
 
 register("model")

@@ -1,42 +1,122 @@
-"""The experts of one layer: E gated feed-forward networks with stacked weights.
+"""The experts of one layer: E feed-forward networks with stacked weights.
 
-Shape letters: T tokens, D hidden size, F expert hidden size, E experts, K experts per token, N = T * K routed tokens.
+Shape letters: T tokens, D input size, F expert hidden size, O output size, E experts, K experts per token, N = T * K
+routed tokens.
 
-The stacking is the Hugging Face layout of Mixtral and Qwen3-MoE (``gate_up_proj [E, 2F, D]``, ``down_proj [E, D, F]``).
+Names and stacking are those of transformers (Mixtral, Qwen3-MoE: ``gate_up_proj [E, 2F, D]``, ``down_proj [E, O, F]``;
+without a gate ``up_proj [E, F, D]``; with biases ``..._bias``), so that its experts functions can be called on them.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from symphony_vlm.errors import InputError
 
 __all__ = ["Experts"]
 
 
 class Experts(nn.Module):
-    """E SwiGLU-type experts; a token's output is the weighted sum over its K experts. No token is ever dropped."""
+    """E experts; a token's output is the weighted sum over its K experts. No token is ever dropped.
 
-    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int, hidden_act: str) -> None:
+    How they are computed is the attribute `implementation`: ``segments`` (here), a function that transformers has
+    registered (``grouped_mm``, ``batched_mm``, ``deepgemm``, ``sonicmoe``), or ``auto``: ``grouped_mm`` on CUDA where
+    the shapes allow it, else ``segments``. Transformers' ``eager`` is left out on purpose: its backward grows with E
+    squared.
+
+    Args:
+        num_experts: E.
+        hidden_size: D.
+        intermediate_size: F.
+        hidden_act: the activation, by name or as a module.
+        output_size: O; default D.
+        gated: whether half of the first product, activated, multiplies the other half (SwiGLU and its kin).
+        bias: whether both products have biases.
+        implementation: see above.
+    """
+
+    # What transformers' functions ask about their module.
+    is_transposed = False
+    is_concatenated = True
+    has_post_expert_norm = False
+    _is_expert_parallel = False
+
+    gate_up_proj: Tensor
+    up_proj: Tensor
+    gate_up_proj_bias: Tensor
+    up_proj_bias: Tensor
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        hidden_act: str | nn.Module,
+        *,
+        output_size: int | None = None,
+        gated: bool = True,
+        bias: bool = False,
+        implementation: str = "auto",
+    ) -> None:
         super().__init__()
-        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * intermediate_size, hidden_size))
-        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
-        self.act_fn = ACT2FN[hidden_act]
+        self.has_gate, self.has_bias = gated, bias
+        self.implementation = implementation
+        output_size = output_size or hidden_size
+        up = "gate_up_proj" if gated else "up_proj"
+        up_size = 2 * intermediate_size if gated else intermediate_size
+        self.register_parameter(up, nn.Parameter(torch.empty(num_experts, up_size, hidden_size)))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, output_size, intermediate_size))
+        if bias:
+            self.register_parameter(f"{up}_bias", nn.Parameter(torch.empty(num_experts, up_size)))
+            self.down_proj_bias = nn.Parameter(torch.empty(num_experts, output_size))
+        self.act_fn = ACT2FN[hidden_act] if isinstance(hidden_act, str) else hidden_act
+        # `sonicmoe` asks for the activation's name; one that it does not know it refuses.
+        self.config = SimpleNamespace(hidden_act="silu" if "SiLU" in type(self.act_fn).__name__ else repr(self.act_fn))
 
     @property
     def num_experts(self) -> int:
         """E."""
-        return self.gate_up_proj.shape[0]
+        return self.down_proj.shape[0]
+
+    @property
+    def up_weight(self) -> Tensor:
+        """``[E, 2F, D]`` if gated, else ``[E, F, D]``."""
+        return self.gate_up_proj if self.has_gate else self.up_proj
+
+    @property
+    def up_bias(self) -> Tensor:
+        """``[E, 2F]`` if gated, else ``[E, F]``; only with biases."""
+        return self.gate_up_proj_bias if self.has_gate else self.up_proj_bias
 
     def forward(self, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
-        """Dispatches tokens to their experts and combines the results: ``[T, D] -> [T, D]``.
+        """Dispatches tokens to their experts and combines the results: ``[T, D] -> [T, O]``.
 
         Args:
             x_TD: tokens.
             weights_TK: fp32 combination weights.
             indices_TK: which experts.
+
+        Raises:
+            InputError: the chosen implementation does not exist, or cannot compute experts of this shape.
         """
+        name = self.implementation
+        if name == "auto":
+            name = "grouped_mm" if x_TD.is_cuda and self._fits_grouped_mm(x_TD) else "segments"
+        if name == "segments":
+            return self._segments(x_TD, weights_TK, indices_TK)
+        output_TO: Tensor = self._registered(name)(self, x_TD, indices_TK, weights_TK)
+        return output_TO
+
+    def _segments(self, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
+        """One contiguous block of tokens and one product per expert."""
         k = indices_TK.shape[1]
         # Sorting the N routed tokens by expert makes each expert's input one contiguous block. A stable order keeps
         # the sums, and so the rounding, reproducible.
@@ -46,20 +126,58 @@ class Experts(nn.Module):
         blocks = x_TD[token_N].split(counts_E.tolist())
         # `unbind` and not indexing: the backward of w[e] is a zero tensor of the size of all experts for each e, a
         # cost that grows with E squared; the backward of unbind is one stack.
-        outputs = [
-            self._expert(block, gate_up, down)
-            for block, gate_up, down in zip(blocks, self.gate_up_proj.unbind(0), self.down_proj.unbind(0), strict=True)
-        ]
-        weighted_ND = torch.cat(outputs) * weights_TK.flatten()[order_N, None].to(x_TD.dtype)
-        return torch.zeros_like(x_TD).index_add(0, token_N, weighted_ND.to(x_TD.dtype))
+        stacked = [self.up_weight, self.down_proj]
+        if self.has_bias:
+            stacked += [self.up_bias, self.down_proj_bias]
+        experts = zip(*(weight.unbind(0) for weight in stacked), strict=True)
+        outputs_NO = torch.cat([self._expert(block, *parts) for block, parts in zip(blocks, experts, strict=True)])
+        # The sum over experts in fp32: weights that add up to 1 then give back what K equal experts agree on, in
+        # 16 bits too.
+        weighted_NO = outputs_NO * weights_TK.flatten()[order_N, None]
+        summed_TO = weighted_NO.new_zeros(len(x_TD), outputs_NO.shape[-1]).index_add(0, token_N, weighted_NO)
+        return summed_TO.to(x_TD.dtype)
 
-    def _expert(self, x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-        gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
-        return F.linear(self.act_fn(gate) * up, down)
+    def _expert(
+        self, x: Tensor, up: Tensor, down: Tensor, up_bias: Tensor | None = None, down_bias: Tensor | None = None
+    ) -> Tensor:
+        hidden = F.linear(x, up, up_bias)
+        return F.linear(self._apply_gate(hidden) if self.has_gate else self.act_fn(hidden), down, down_bias)
+
+    def _apply_gate(self, hidden: Tensor) -> Tensor:
+        gate, up = hidden.chunk(2, dim=-1)
+        product: Tensor = self.act_fn(gate) * up
+        return product
+
+    def _registered(self, name: str) -> Callable[..., Any]:
+        """A function of transformers, if it exists and its assumptions hold here."""
+        if name not in ALL_EXPERTS_FUNCTIONS:
+            known = ", ".join(["auto", "segments", *ALL_EXPERTS_FUNCTIONS.valid_keys()])
+            raise InputError(f"{name!r} is not one of {known}", where="moe.experts_implementation")
+        if self.down_proj.shape[1] != self.up_weight.shape[2]:
+            raise InputError(
+                f"transformers' {name!r} needs experts as wide at their end as at their beginning; these map "
+                f"{self.up_weight.shape[2]} to {self.down_proj.shape[1]}",
+                where="moe.experts_implementation",
+                remedy="Use auto or segments.",
+            )
+        if name == "grouped_mm" and not self._fits_grouped_mm(self.down_proj):
+            raise InputError(
+                f"'grouped_mm' needs rows of a multiple of 16 bytes; these experts are "
+                f"{self.up_weight.shape[2]} and {self.down_proj.shape[2]} wide",
+                where="moe.experts_implementation",
+                remedy="Use auto or segments, or sizes that are multiples of 8.",
+            )
+        function: Callable[..., Any] = ALL_EXPERTS_FUNCTIONS[name]
+        return function
+
+    def _fits_grouped_mm(self, like: Tensor) -> bool:
+        square = self.down_proj.shape[1] == self.up_weight.shape[2]
+        widths = (self.up_weight.shape[1], self.up_weight.shape[2], self.down_proj.shape[2])
+        return square and all(width * like.element_size() % 16 == 0 for width in widths)
 
     @torch.no_grad()
     def reset(self, std: float) -> None:
-        """Draws N(0, std) weights, unless a checkpoint has already provided them."""
-        for weight in (self.gate_up_proj, self.down_proj):
-            if not getattr(weight, "_is_hf_initialized", False):
-                weight.normal_(0.0, std)
+        """Draws N(0, std) weights and zero biases, unless a checkpoint has already provided them."""
+        for name, parameter in self.named_parameters():
+            if not getattr(parameter, "_is_hf_initialized", False):
+                parameter.normal_(0.0, 0.0 if name.endswith("_bias") else std)

@@ -7,17 +7,20 @@ makes activation checkpointing safe: its recomputation finds no open record.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from symphony_vlm.moe.configuration import MoEConfig
+from symphony_vlm.moe.expert_graph import SymphonyGraph
 from symphony_vlm.moe.layer import SparseMoE
 from symphony_vlm.moe.losses import load_balancing_loss, router_z_loss
 from symphony_vlm.moe.router import RouterOutput
 from symphony_vlm.moe.statistics import LoadStatistics
+from symphony_vlm.moe.token_graph import connect_token_graphs
 
 __all__ = ["RoutingRecorder", "sparse_layers"]
 
@@ -38,18 +41,35 @@ class RoutingRecorder:
 
     def __init__(self, config: MoEConfig) -> None:
         self.config = config
-        self.outputs: dict[int, RouterOutput] = {}
-        """Router output by decoder layer index, of the last forward pass."""
+        self.outputs: dict[int | str, RouterOutput] = {}
+        """Router output by layer (`SparseMoE.key`: a decoder layer's index, ``vision.3``) of the last forward pass."""
         self.token_mask_T: Tensor | None = None
         """bool, False for padding; None if every token counts."""
         self.statistics = LoadStatistics()
+        self.collecting = False
+        """Whether evaluation mode counts too (`collect`)."""
         self._layers: list[SparseMoE] = []
+        self._in_front: list[RoutingRecorder] = []
 
     @classmethod
-    def attach(cls, language_model: nn.Module, config: MoEConfig) -> RoutingRecorder:
-        """Installs a recorder on a language model; a loss that the model itself computes gets the router losses."""
+    def attach(
+        cls, language_model: nn.Module, config: MoEConfig, in_front: Sequence[nn.Module] = ()
+    ) -> RoutingRecorder:
+        """Installs a recorder on a language model; a loss that the model itself computes gets the router losses.
+
+        Args:
+            language_model: its own sparse layers are recorded.
+            config: weights of the losses.
+            in_front: modules that run before the language model in the same pass (vision tower, projector); what
+                their sparse layers decided joins the record when the language model's forward pass begins.
+        """
         recorder = cls(config)
+        for module in in_front:
+            other = cls.attach(module, config)
+            other.statistics = recorder.statistics
+            recorder._in_front.append(other)
         recorder._layers = [layer for _, layer in sparse_layers(language_model)]
+        connect_token_graphs(language_model)
         language_model.register_forward_pre_hook(recorder._open, with_kwargs=True)
         language_model.register_forward_hook(recorder._close, with_kwargs=True, always_call=True)
         return recorder
@@ -58,21 +78,39 @@ class RoutingRecorder:
         # Recorded tensors hang on an autograd graph, which cannot be copied; a copied model starts without a record.
         return self.__dict__ | {"outputs": {}, "token_mask_T": None}
 
+    @contextmanager
+    def collect(self) -> Iterator[None]:
+        """Counts and adds to the statistics in evaluation mode too, and for frozen routers."""
+        recorders = [self, *self._in_front]
+        for recorder in recorders:
+            recorder.collecting = True
+        try:
+            yield
+        finally:
+            for recorder in recorders:
+                recorder.collecting = False
+
     def losses(self) -> dict[str, Tensor]:
         """Unweighted router losses of the last forward pass, each the mean over layers, and per layer.
 
         Keys: ``balance``, ``z``, and ``balance/<layer>``, ``z/<layer>``.
         """
         parts: dict[str, Tensor] = {}
-        mask_T = self.token_mask_T
         for layer, out in self.outputs.items():
+            mask_T = self.token_mask_T if isinstance(layer, int) else None  # image features have no padding
             parts[f"balance/{layer}"] = load_balancing_loss(
                 logits_TE=out.logits_TE, indices_TK=out.indices_TK, token_mask_T=mask_T
             )
             parts[f"z/{layer}"] = router_z_loss(logits_TE=out.logits_TE, token_mask_T=mask_T)
         for kind in ("balance", "z"):
-            parts[kind] = torch.stack([parts[f"{kind}/{layer}"] for layer in self.outputs]).mean()
+            values = [parts[f"{kind}/{layer}"] for layer in self.outputs]
+            parts[kind] = torch.stack(values or [self._nothing_routed()]).mean()
         return parts
+
+    def _nothing_routed(self) -> Tensor:
+        """The loss of a pass without images where all sparse layers are in front of the language model."""
+        layer = next(layer for recorder in self._in_front for layer in recorder._layers)
+        return torch.zeros((), device=layer.experts.down_proj.device)
 
     def weighted_loss(self, losses: dict[str, Tensor]) -> Tensor:
         """What the router losses of `losses` add to the total."""
@@ -80,6 +118,10 @@ class RoutingRecorder:
 
     def _open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.outputs = {}
+        for other in self._in_front:
+            # Taken, not copied: a pass without images must not find those of the pass before.
+            self.outputs |= other.outputs
+            other.outputs = {}
         for layer in self._layers:
             layer.routed = self.outputs
         self.token_mask_T = _token_mask(args, kwargs)
@@ -91,25 +133,29 @@ class RoutingRecorder:
             return  # the forward pass raised; the hook runs all the same and must not hide the error
         if module.training:
             self._check_gradient()
+        if module.training or self.collecting:
             self._count()
         if getattr(output, "loss", None) is not None:
             output.loss = output.loss + self.weighted_loss(self.losses()) * _share_of_step(kwargs)
 
     def _count(self) -> None:
         for layer in self._layers:
-            out, router = self.outputs[layer.layer_index], layer.router
-            self.statistics.add(layer.layer_index, out, self.token_mask_T)
-            if router.expert_graph is not None and router.gate.weight.requires_grad:
+            out, router = self.outputs[layer.key], layer.router
+            self.statistics.add(layer.key, out, self.token_mask_T)
+            if isinstance(router.expert_graph, SymphonyGraph) and (self.collecting or router.is_trained):
                 router.expert_graph.count(router.membership(out, self.token_mask_T))
 
     def _check_gradient(self) -> None:
+        if not (self.config.balance_loss_weight or self.config.z_loss_weight):
+            return  # counts need no gradient, and there is no other loss
         for layer in self._layers:
-            wanted = torch.is_grad_enabled() and layer.router.gate.weight.requires_grad
-            if wanted and not self.outputs[layer.layer_index].logits_TE.requires_grad:
+            wanted = torch.is_grad_enabled() and layer.router.is_trained
+            if wanted and not self.outputs[layer.key].logits_TE.requires_grad:
                 raise RuntimeError(
                     f"{layer.router.layer_name}: router logits carry no gradient, so the router losses would be "
                     "silently inactive. This is what activation checkpointing with use_reentrant=True does; set "
-                    "gradient_checkpointing_kwargs={'use_reentrant': False}."
+                    "gradient_checkpointing_kwargs={'use_reentrant': False}, or moe.balance_loss_weight and "
+                    "moe.z_loss_weight to 0."
                 )
 
 

@@ -1,7 +1,12 @@
-"""Turns the feed-forward layers of a dense causal LM into mixtures of experts (sparse upcycling, arXiv 2212.05055).
+"""Turns dense feed-forward layers into mixtures of experts (sparse upcycling, arXiv 2212.05055).
 
-Layers are recognised by their parts, never by a model's name: a decoder layer is a module with an ``mlp`` that has
-``gate_proj``, ``up_proj`` and ``down_proj`` (Llama, Mistral, Qwen2, Qwen3, SmolLM).
+A layer that is copied E times and routed with weights that add up to 1 computes what it computed before. So do the two
+options: with a *shared expert* the routed half and the shared half are each the layer, weighted 1/2; with *split
+experts* a copy's n slices add up to the layer, the rows of the gate of one copy start equal, so that the top K contain
+whole copies (the virtual groups of arXiv 2410.07524), and each slice is scaled by n because its weight is 1/n of the
+copy's. These factors are multiplied into the experts' last weights; the forward pass knows nothing of them.
+
+Shape letters: D input size, F hidden size of the dense layer, O output size, E experts, n slices (``expert_split``).
 """
 
 from __future__ import annotations
@@ -9,142 +14,115 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from symphony_vlm.errors import InputError
 from symphony_vlm.moe.configuration import MoEConfig
+from symphony_vlm.moe.feed_forward import FeedForward, is_native_moe, placements, recognise
+from symphony_vlm.moe.gate import CosineGate, LinearGate
+from symphony_vlm.moe.installation import expert_sizes, finish_installation_, layer_from_dense
 from symphony_vlm.moe.layer import SparseMoE
-from symphony_vlm.moe.recording import RoutingRecorder
+from symphony_vlm.moe.proof import MAX_LOGIT_DIFFERENCE, logits_of_probe, prove_equal
+from symphony_vlm.moe.recording import RoutingRecorder, sparse_layers
 
-__all__ = ["MAX_LOGIT_DIFFERENCE", "install_moe_", "upcycle_"]
-
-MAX_LOGIT_DIFFERENCE = 1e-5
-"""Largest difference of logits that upcycling may cause in fp32, relative to the largest logit where that exceeds 1.
-Identical experts whose weights sum to 1 give the dense output exactly but for the rounding of w1 * y + w2 * y against
-y, about 1e-7 relative per layer."""
-
-
-def decoder_layers(model: nn.Module) -> Any:
-    """The list of decoder layers of a causal LM.
-
-    Raises:
-        InputError: the model has no such list, or it is ambiguous.
-    """
-    found = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.ModuleList) and len(module) > 0 and all(hasattr(layer, "mlp") for layer in module)
-    ]
-    if len(found) != 1:
-        raise InputError(
-            f"{type(model).__name__} has {len(found)} lists of layers with an 'mlp', exactly one is needed",
-            where="language model",
-            remedy="Supported: Llama, Mistral, Qwen2, Qwen3 and models built like them.",
-        )
-    return found[0]
-
-
-def install_moe_(language_model: PreTrainedModel, config: MoEConfig) -> RoutingRecorder:
-    """Replaces the chosen feed-forward layers by empty sparse ones, in place: the structure, not the weights.
-
-    Loading a checkpoint does this and then fills in the weights; `upcycle_` copies the dense ones.
-    """
-    layers = decoder_layers(language_model)
-    for index in config.sparse_layers(len(layers)):
-        dense = layers[index].mlp
-        hidden_size, intermediate_size = _dense_sizes(dense, index)
-        layers[index].mlp = SparseMoE(
-            config,
-            hidden_size=hidden_size,
-            intermediate_size=intermediate_size,
-            hidden_act=_activation_name(language_model),
-            layer_index=index,
-        ).to(dense.down_proj.weight.dtype)
-    return RoutingRecorder.attach(language_model, config)
+__all__ = ["MAX_LOGIT_DIFFERENCE", "check_dense", "fill_", "is_exact", "upcycle_"]
 
 
 @torch.no_grad()
-def upcycle_(language_model: PreTrainedModel, config: MoEConfig, *, seed: int = 0) -> RoutingRecorder:
-    """Upcycles a dense causal LM in place and proves that its function has not changed.
+def upcycle_(model: PreTrainedModel, config: MoEConfig, *, seed: int = 0) -> RoutingRecorder:
+    """Upcycles a dense model in place and proves that its function has not changed.
 
     Every selected feed-forward layer is copied into E experts, with optional noise; the gate is new, N(0, 0.02),
-    seeded by (seed, layer). With ``expert_init_noise: 0`` and ``renormalize: true`` logits before and after must agree
-    to `MAX_LOGIT_DIFFERENCE` (in fp32), and the function raises otherwise.
+    seeded by (seed, layer). Where the settings make this exact (`is_exact`), logits before and after must agree to
+    `MAX_LOGIT_DIFFERENCE` in fp32.
+
+    Args:
+        model: a causal LM; or a vision-language model, whose ``modules`` can all get experts.
+        config: the settings.
+        seed: of gates and noise.
 
     Returns:
-        The recorder of router outputs, also left at ``language_model.routing``.
+        The recorder of router outputs, also left at ``model.routing``.
 
     Raises:
-        InputError: a layer cannot be upcycled.
+        InputError: a layer cannot be upcycled; the model is as it was.
         RuntimeError: the logits changed; the model is left upcycled for inspection.
     """
-    probe = _probe_ids(language_model)
-    before = _logits(language_model, probe)
-    layers = decoder_layers(language_model)
-    dense = {index: layers[index].mlp for index in config.sparse_layers(len(layers))}
-    recorder = install_moe_(language_model, config)
-    generator = torch.Generator().manual_seed(seed)
-    for index, mlp in dense.items():
-        sparse: SparseMoE = layers[index].mlp.to(mlp.down_proj.weight.device)
-        sparse.train(mlp.training)
-        sparse.reset(seed=seed)
-        gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
-        _copy_to_experts(sparse.experts.gate_up_proj, gate_up, config.expert_init_noise, generator)
-        _copy_to_experts(sparse.experts.down_proj, mlp.down_proj.weight, config.expert_init_noise, generator)
-    language_model.routing = recorder
-    if config.expert_init_noise == 0 and config.renormalize and before.dtype == torch.float32:
-        difference = float((_logits(language_model, probe) - before).abs().max())
-        allowed = MAX_LOGIT_DIFFERENCE * max(1.0, float(before.abs().max()))
-        if not difference <= allowed:
-            raise RuntimeError(
-                f"upcycling changed the logits by {difference:.2e}, more than {allowed:.0e}; "
-                "this is a fault in the conversion, please report it with the model's configuration"
-            )
+    check_dense(model, config)
+    before = logits_of_probe(model)
+    for place in placements(model, config):
+        sparse = layer_from_dense(place, config)
+        fill_(sparse, recognise(place.mlp, place.label), config, seed)
+        place.replace(sparse)  # frees the dense layer before the next one is copied
+    recorder = finish_installation_(model, config)
+    if is_exact(config) and before.dtype == torch.float32:
+        prove_equal(before, logits_of_probe(model), "upcycling")
     return recorder
 
 
-def _copy_to_experts(stacked: Tensor, weight: Tensor, noise: float, generator: torch.Generator) -> None:
-    stacked.copy_(weight.expand_as(stacked))
+def is_exact(config: MoEConfig) -> bool:
+    """Whether upcycling with these settings leaves the function as it was."""
+    return config.expert_init_noise == 0 and config.renormalize
+
+
+def check_dense(model: PreTrainedModel, config: MoEConfig) -> None:
+    """Finds out whether every chosen layer can be upcycled, before any of them is touched.
+
+    Raises:
+        InputError: one cannot, or the model has sparse layers.
+    """
+    if any(True for _ in sparse_layers(model)):
+        raise InputError("the model already has sparse layers", where="upcycle", remedy="Start from a dense model.")
+    for place in placements(model, config):
+        if is_native_moe(place.mlp):
+            raise InputError(
+                f"{place.label} is a mixture of experts already ({type(place.mlp).__name__})",
+                where="upcycle",
+                remedy="Take over its routers with symphony_vlm.symphonize_(model).",
+            )
+        expert_sizes(place, config)
+
+
+@torch.no_grad()
+def fill_(sparse: SparseMoE, dense: FeedForward, config: MoEConfig, seed: int) -> None:
+    """Gives a new sparse layer its weights: a fresh gate, copies (or slices of copies) of the dense layer."""
+    sparse.reset_routing(seed)
+    experts, n = sparse.experts, config.expert_split
+    if n > 1:
+        _tie_rows_of_a_copy_(sparse, n)
+    halves = 2 if dense.gated else 1
+    share = 0.5 if config.shared_expert else 1.0
+    generator = sparse.generator(seed, "experts")
+    # Slice s of the hidden values: of the gate's half and of the other half, and the columns that read them.
+    ups = dense.up_weight.unflatten(0, (halves, n, -1)).transpose(0, 1).flatten(1, 2)
+    downs = n * share * dense.down.weight.unflatten(1, (n, -1)).transpose(0, 1)
+    _copy_to_experts(experts.up_weight, ups, config.expert_init_noise, generator)
+    _copy_to_experts(experts.down_proj, downs, config.expert_init_noise, generator)
+    if experts.has_bias:
+        up_biases = dense.up_bias.unflatten(0, (halves, n, -1)).transpose(0, 1).flatten(1, 2)
+        _copy_to_experts(experts.up_bias, up_biases, 0.0, generator)
+        # All slices' weights add up to 1, so each carries the whole.
+        _copy_to_experts(experts.down_proj_bias, share * dense.down.bias.expand(n, -1), 0.0, generator)
+
+
+def _copy_to_experts(stacked: Tensor, slices: Tensor, noise: float, generator: torch.Generator) -> None:
+    """Expert e becomes slice e mod n of the dense layer, plus noise relative to the weights' standard deviation."""
+    stacked.unflatten(0, (-1, len(slices))).copy_(slices)
     if noise > 0:
-        draw = torch.randn(stacked.shape, generator=generator, dtype=torch.float32)
-        stacked += (noise * weight.float().std() * draw.to(stacked.device)).to(stacked.dtype)
+        width = noise * slices.float().std()
+        for expert in stacked:
+            draw = torch.randn(expert.shape, generator=generator, dtype=torch.float32)
+            expert += (width * draw.to(expert.device)).to(expert.dtype)
 
 
-def _dense_sizes(mlp: nn.Module, index: int) -> tuple[int, int]:
-    """(hidden size, intermediate size) of a dense gated feed-forward layer."""
-    parts = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-    if not all(isinstance(part, nn.Linear) for part in parts):
+def _tie_rows_of_a_copy_(sparse: SparseMoE, n: int) -> None:
+    gate: Any = sparse.router.gate
+    rows = gate.weight if isinstance(gate, LinearGate) else gate.embeddings if isinstance(gate, CosineGate) else None
+    if rows is None:
         raise InputError(
-            f"layer {index} has a {type(mlp).__name__} as its mlp; gate_proj, up_proj and down_proj are needed",
-            where="moe.layers",
-            remedy="Supported: Llama, Mistral, Qwen2, Qwen3 and models built like them.",
+            f"{type(gate).__name__} has no row per expert that could start equal for the slices of a copy",
+            where="moe.expert_split",
+            remedy="Use the linear or the cosine gate, or expert_split: 1.",
         )
-    if any(part.bias is not None for part in parts if isinstance(part, nn.Linear)):
-        raise InputError(
-            f"the feed-forward of layer {index} has biases, which stacked experts do not hold",
-            where="moe.layers",
-            remedy="Use a language model with mlp_bias=False.",
-        )
-    down = parts[2]
-    assert isinstance(down, nn.Linear)
-    return down.out_features, down.in_features
-
-
-def _activation_name(language_model: PreTrainedModel) -> str:
-    config = language_model.config.get_text_config()
-    return str(getattr(config, "hidden_activation", None) or config.hidden_act)
-
-
-def _probe_ids(language_model: PreTrainedModel) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    vocab_size = language_model.config.get_text_config().vocab_size
-    return torch.randint(0, vocab_size, (2, 16), generator=generator).to(language_model.device)
-
-
-def _logits(language_model: PreTrainedModel, ids: Tensor) -> Tensor:
-    was_training = language_model.training
-    language_model.eval()
-    logits = language_model(input_ids=ids, use_cache=False).logits
-    language_model.train(was_training)
-    return logits
+    rows.copy_(rows[::n].repeat_interleave(n, dim=0))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+from symphony_vlm.errors import InputError
+from symphony_vlm.moe.configuration import MoEConfig
 from symphony_vlm.moe.experts import Experts
+from symphony_vlm.moe.layer import SparseMoE
 
 HIDDEN, INTERMEDIATE = 6, 10
 
@@ -109,3 +116,142 @@ def test_two_runs_give_the_same_bits(repeat: int) -> None:
     x_TD, weights_TK = torch.randn(64, HIDDEN, generator=generator), torch.rand(64, 2, generator=generator)
     indices_TK = torch.stack([torch.randperm(4, generator=generator)[:2] for _ in range(64)])
     assert torch.equal(experts(x_TD, weights_TK, indices_TK), experts(x_TD, weights_TK, indices_TK))
+
+
+# Every implementation and every form of expert, against one loop in double precision.
+
+FORMS: dict[str, dict[str, Any]] = {
+    "gated": {"hidden_act": "silu"},
+    "gated with biases": {"hidden_act": "gelu_pytorch_tanh", "bias": True},
+    "plain": {"hidden_act": "gelu", "gated": False},
+    "plain with biases": {"hidden_act": "quick_gelu", "gated": False, "bias": True},
+}
+ON_A_CPU = ["segments", "grouped_mm", "batched_mm"]
+TOLERANCES = {
+    # Sums of at most 48 products, each rounded by 6e-8 of its size.
+    torch.float32: 1e-6,
+    # About eight values on the way are rounded to 8 bits, by 0.002 each: 0.016, doubled for their chance sums.
+    torch.bfloat16: 3e-2,
+}
+
+
+def make_experts(form: str, *, output_size: int | None = None, implementation: str = "segments") -> Experts:
+    experts = Experts(5, 16, 24, output_size=output_size, implementation=implementation, **FORMS[form])
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in experts.parameters():
+            weight.copy_(0.3 * torch.randn(weight.shape, generator=generator))
+    return experts
+
+
+def oracle(experts: Experts, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
+    up_bias, down_bias = (experts.up_bias, experts.down_proj_bias) if experts.has_bias else (None, None)
+    rows = []
+    for t, chosen in enumerate(indices_TK.tolist()):
+        row = torch.zeros(experts.down_proj.shape[1], dtype=x_TD.dtype)
+        for k, e in enumerate(chosen):
+            hidden = F.linear(x_TD[t], experts.up_weight[e], None if up_bias is None else up_bias[e])
+            half = len(hidden) // 2
+            hidden = experts.act_fn(hidden[:half]) * hidden[half:] if experts.has_gate else experts.act_fn(hidden)
+            row = row + weights_TK[t, k] * F.linear(
+                hidden, experts.down_proj[e], None if down_bias is None else down_bias[e]
+            )
+        rows.append(row)
+    return torch.stack(rows)
+
+
+def results_of(function: Any, experts: Experts, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Output and all gradients for fixed inputs; experts 1 and 4 of five are never chosen."""
+    generator = torch.Generator().manual_seed(1)
+    draw = [torch.randn(13, n, generator=generator).bfloat16() for n in (16, experts.down_proj.shape[1])]
+    weights_TK = torch.rand(13, 2, generator=generator)
+    usable = torch.tensor([0, 2, 3])
+    indices_TK = torch.stack([usable[torch.randperm(3, generator=generator)[:2]] for _ in range(13)])
+    x_TD = draw[0].to(dtype).requires_grad_()
+    weights_TK = weights_TK.to(torch.float64 if dtype == torch.float64 else torch.float32).requires_grad_()
+    y_TO = function(x_TD, weights_TK, indices_TK)
+    (y_TO * draw[1].to(dtype)).sum().backward()
+    assert y_TO.dtype == dtype and x_TD.grad is not None and weights_TK.grad is not None
+    gradients = {name: parameter.grad for name, parameter in experts.named_parameters()}
+    return {"output": y_TO, "input": x_TD.grad, "weights": weights_TK.grad, **gradients}
+
+
+def check_against_the_oracle(experts: Experts, dtype: torch.dtype) -> None:
+    experts = experts.to(dtype)
+    exact = copy.deepcopy(experts).double()  # of the same rounded weights
+    expected = results_of(partial(oracle, exact), exact, torch.float64)
+    for name, ours in results_of(experts, experts, dtype).items():
+        largest = expected[name].abs().max()
+        assert largest > 0.1
+        assert (ours.double() - expected[name]).abs().max() <= TOLERANCES[dtype] * largest, name
+        if name not in ("output", "input", "weights"):
+            assert not ours[[1, 4]].any() and ours[[0, 2, 3]].abs().flatten(1).max(1).values.min() > 0
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("implementation", ["auto", *ON_A_CPU])
+def test_every_implementation_equals_the_loop_in_output_and_gradients(
+    implementation: str, form: str, dtype: torch.dtype
+) -> None:
+    check_against_the_oracle(make_experts(form, implementation=implementation), dtype)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("implementation", ["auto", "grouped_mm"])
+def test_the_default_on_cuda_equals_the_segments(implementation: str, form: str) -> None:
+    experts = make_experts(form, implementation=implementation).bfloat16().cuda()
+    reference = make_experts(form).bfloat16()
+    x_TD = torch.randn(64, 16).bfloat16()
+    weights_TK, indices_TK = torch.rand(64, 2), torch.randint(0, 2, (64, 2)) + torch.tensor([0, 3])
+    ours = experts(x_TD.cuda(), weights_TK.cuda(), indices_TK.cuda()).cpu().float()
+    expected = reference(x_TD, weights_TK, indices_TK).float()
+    assert (ours - expected).abs().max() <= TOLERANCES[torch.bfloat16] * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_experts_may_end_in_another_width_than_they_begin(form: str, dtype: torch.dtype) -> None:
+    check_against_the_oracle(make_experts(form, output_size=40, implementation="auto"), dtype)
+
+
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+def test_what_an_implementation_cannot_do_is_an_error_and_not_another_result(implementation: str) -> None:
+    experts = make_experts("gated", output_size=40, implementation=implementation)
+    arguments = (torch.randn(3, 16), torch.rand(3, 2), torch.tensor([[0, 1]] * 3))
+    with pytest.raises(InputError, match=f"{implementation}.*as wide at their end"):
+        experts(*arguments)
+
+
+def test_grouped_mm_names_the_widths_that_its_kernel_cannot_read() -> None:
+    experts = Experts(3, 6, 10, "silu", implementation="grouped_mm")
+    experts.reset(0.1)
+    with pytest.raises(InputError, match="multiple of 16 bytes; these experts are 6 and 10 wide"):
+        experts(torch.randn(3, 6), torch.rand(3, 2), torch.tensor([[0, 1]] * 3))
+
+
+def test_an_unknown_implementation_lists_those_there_are() -> None:
+    experts = make_experts("gated", implementation="eager")
+    with pytest.raises(InputError, match="'eager' is not one of auto, segments, .*grouped_mm"):
+        experts(torch.randn(3, 16), torch.rand(3, 2), torch.tensor([[0, 1]] * 3))
+
+
+def test_the_setting_reaches_the_experts() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "hidden_act": "silu", "layer_index": 0}
+    for implementation in ("auto", "grouped_mm"):
+        layer = SparseMoE(MoEConfig(experts_implementation=implementation), **sizes)
+        assert layer.experts.implementation == implementation
+
+
+def test_weights_that_add_up_to_one_give_back_a_common_output_in_sixteen_bits() -> None:
+    """Equal experts, as after upcycling: the sum over them is taken in fp32 and rounds to what each of them said."""
+    experts = make_experts("gated").bfloat16()
+    with torch.no_grad():
+        for weight in experts.parameters():
+            weight.copy_(weight[:1].expand_as(weight))
+    x_TD = torch.randn(50, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    first_T = torch.rand(50, 1, generator=torch.Generator().manual_seed(1))
+    alone = experts(x_TD, torch.ones(50, 1), torch.zeros(50, 1, dtype=torch.long))
+    both = experts(x_TD, torch.cat([first_T, 1 - first_T], 1), torch.tensor([[0, 0]] * 50))
+    assert torch.equal(both, alone)

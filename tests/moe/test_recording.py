@@ -182,6 +182,34 @@ def test_a_copy_made_after_a_forward_pass_is_complete_and_independent(
     assert [int(graph.num_updates) for _, graph in expert_graphs(model)] == [0, 0]
 
 
+@pytest.mark.parametrize("gate", ["linear", "cosine"])
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_graph_is_counted_where_any_part_of_the_gate_is_trained(
+    language_model: MakeModel, token_ids: MakeIds, gate: str, trained: bool
+) -> None:
+    model = upcycled(language_model, router="symphony_smoe", gate=gate).train()
+    for layer in model.model.layers:
+        layer.mlp.router.gate.requires_grad_(False)
+        last = list(layer.mlp.router.gate.parameters())[-1]
+        last.requires_grad_(trained)
+    model(input_ids=token_ids(2, 9))
+    sv.update_expert_graphs(model)
+    assert [int(graph.num_updates) for _, graph in expert_graphs(model)] == [int(trained)] * 2
+
+
+@pytest.mark.parametrize("kind", ["learnable", "fixed"])
+def test_a_graph_that_is_not_counted_is_described_all_the_same(
+    language_model: MakeModel, token_ids: MakeIds, kind: str
+) -> None:
+    model = upcycled(language_model, expert_graph=kind).train()
+    ids = token_ids(2, 9)
+    model(input_ids=ids, labels=ids).loss.backward()
+    sv.update_expert_graphs(model)
+    for described in graph_statistics(model).values():
+        assert described["self_weight"] == pytest.approx(0.9 if kind == "learnable" else 1.0, abs=1e-6)
+        assert described["num_updates"] == 0
+
+
 def routed(num_tokens: int = 30, num_experts: int = 4, seed: int = 0) -> RouterOutput:
     logits_TE = torch.randn(num_tokens, num_experts, generator=torch.Generator().manual_seed(seed))
     top = logits_TE.softmax(-1).topk(2)

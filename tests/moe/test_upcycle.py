@@ -12,15 +12,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import symphony_vlm as sv
 from symphony_vlm.errors import InputError
-from symphony_vlm.moe.configuration import PRESETS, MoEConfig
+from symphony_vlm.moe.configuration import MoEConfig
 from symphony_vlm.moe.layer import SparseMoE
 from symphony_vlm.moe.recording import sparse_layers
-from symphony_vlm.moe.upcycle import MAX_LOGIT_DIFFERENCE, upcycle_
+from symphony_vlm.moe.upcycle import upcycle_
 
 MakeModel = Callable[..., PreTrainedModel]
 MakeIds = Callable[..., Tensor]
-
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma2"]
 
 
 def layers_of(model: PreTrainedModel) -> list[SparseMoE]:
@@ -31,23 +29,6 @@ def layers_of(model: PreTrainedModel) -> list[SparseMoE]:
 def logits_of(model: PreTrainedModel, ids: Tensor) -> Tensor:
     logits: Tensor = model(input_ids=ids).logits
     return logits
-
-
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("router", PRESETS)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_logits_do_not_change(
-    language_model: MakeModel, token_ids: MakeIds, family: str, router: str, tied: bool
-) -> None:
-    model = language_model(family, tie_word_embeddings=tied)
-    ids = token_ids(3, 11, seed=5)
-    before = logits_of(model, ids)
-    upcycle_(model, MoEConfig(router=router))
-    difference = (logits_of(model, ids) - before).abs().max()
-    assert difference <= MAX_LOGIT_DIFFERENCE
-    # The tolerance would mean nothing if the logits themselves were tiny.
-    assert before.std() > 0.1
-    assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) is tied
 
 
 def test_the_feed_forward_layers_matter_in_these_models(language_model: MakeModel, token_ids: MakeIds) -> None:
@@ -147,7 +128,7 @@ def tiny(model_type: str, **settings: Any) -> PreTrainedModel:
 
 def test_a_feed_forward_without_a_gate_is_refused_by_name() -> None:
     model = tiny("gpt2", n_embd=16, n_layer=2, n_head=2, n_positions=32)
-    with pytest.raises(InputError, match=r"layer 0 has a GPT2MLP.*gate_proj"):
+    with pytest.raises(InputError, match=r"layer 0 has a GPT2MLP \(c_fc: Conv1D"):
         upcycle_(model, MoEConfig())
 
 
@@ -157,9 +138,21 @@ def test_a_model_without_recognisable_layers_is_refused() -> None:
         upcycle_(model, MoEConfig())
 
 
-def test_a_feed_forward_with_biases_is_refused(language_model: MakeModel) -> None:
-    with pytest.raises(InputError, match="layer 0 has biases"):
-        upcycle_(language_model(mlp_bias=True), MoEConfig())
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_a_mixture_of_experts_is_not_upcycled_again(language_model: MakeModel, family: str) -> None:
+    model = language_model(family, num_experts_per_tok=2)
+    with pytest.raises(InputError, match="decoder layer 0 is a mixture of experts already") as error:
+        upcycle_(model, MoEConfig())
+    assert "symphonize_" in str(error.value.remedy)
+    upcycled = language_model()
+    upcycle_(upcycled, MoEConfig())
+    with pytest.raises(InputError, match="already has sparse layers"):
+        upcycle_(upcycled, MoEConfig())
+
+
+def test_a_language_model_has_no_vision_tower_to_put_experts_into(language_model: MakeModel) -> None:
+    with pytest.raises(InputError, match="LlamaForCausalLM has no 'vision'"):
+        upcycle_(language_model(), MoEConfig(modules=("language", "vision")))
 
 
 def test_a_conversion_that_changed_the_logits_would_be_an_error(

@@ -1,0 +1,145 @@
+"""What the vision-language model and the bare language model share: loading, saving, loss, a language model inside."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import ModelOutput
+
+from symphony_vlm.errors import InputError
+from symphony_vlm.model.loss import training_loss
+from symphony_vlm.moe.recording import RoutingRecorder, sparse_layers
+
+__all__ = ["SymphonyOutput", "SymphonyPreTrainedModel"]
+
+
+@dataclass
+class SymphonyOutput(ModelOutput):
+    """Output of a model. `loss_parts` has the detached parts of the loss by name, see `loss.training_loss`."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    loss_parts: dict[str, Tensor] | None = None
+
+
+class SymphonyPreTrainedModel(PreTrainedModel):
+    """A model around a causal LM (`language_model`) whose feed-forward layers may be mixtures of experts."""
+
+    language_model: PreTrainedModel
+    routing: RoutingRecorder | None
+    """What the routers of the last forward pass decided; None for a dense model."""
+
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    # Loading in bfloat16 must leave gates and graphs in fp32 (and the graphs' integer counters alone).
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = [
+        "router.gate",
+        "router.token_graph",
+        "router.expert_graph.adjacency_EE",
+        "router.expert_graph.logits_EE",
+    ]
+
+    def _output(
+        self, outputs: Any, labels: Tensor | None, ignore_index: int, num_items_in_batch: Tensor | int | None
+    ) -> SymphonyOutput:
+        """The language model's output with the training loss, if there are labels."""
+        loss, parts = None, None
+        if labels is not None:
+            loss, parts = training_loss(
+                outputs.logits,
+                labels,
+                self.routing,
+                ignore_index=ignore_index,
+                num_items_in_batch=num_items_in_batch,
+            )
+        return SymphonyOutput(
+            loss=loss,
+            logits=outputs.logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            loss_parts=parts,
+        )
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The language model's token embedding."""
+        embedding: nn.Module = self.language_model.get_input_embeddings()
+        return embedding
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the token embedding."""
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The language model's head."""
+        head: nn.Module = self.language_model.get_output_embeddings()
+        return head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """Replaces the language model's head."""
+        self.language_model.set_output_embeddings(value)
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """Fills in what no checkpoint provided. Loading builds on the meta device, so nothing may stay raw memory."""
+        super().initialize_weights()
+        std = getattr(self.config.text_config, "initializer_range", 0.02)
+        for _, layer in sparse_layers(self):
+            layer.reset(std=std)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers, but the weights keep their names and shapes.
+
+        The library's "original format" takes the stacked experts of a Mixtral apart, and its Trainer cannot put them
+        together again when it resumes.
+        """
+        super().save_pretrained(*args, **kwargs | {"save_original_format": False})
+
+    @classmethod
+    def from_pretrained(cls, name: str, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, but a missing, extra or misshapen weight is an error that names it.
+
+        A graph missing from the checkpoint becomes the identity: that is how a plain router's checkpoint is opened
+        with a Symphony router.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        # Transformers' own error for a mismatch names no weight; let it pass there and raise ours below.
+        kwargs["ignore_mismatched_sizes"] = True
+        model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
+        missing = sorted(key for key in info["missing_keys"] if ".expert_graph." not in key)
+        faults = {"missing": missing, "unexpected": sorted(info["unexpected_keys"])}
+        faults["mismatched"] = [
+            f"{key}: {tuple(saved)} in the file, {tuple(needed)} in the model"
+            for key, saved, needed in sorted(info["mismatched_keys"])
+        ]
+        problems = [f"{len(keys)} {kind} ({', '.join(keys[:3])})" for kind, keys in faults.items() if keys]
+        if problems:
+            raise InputError(
+                f"the weights do not fit the configuration: {'; '.join(problems)}",
+                where=str(name),
+                remedy="Compare config.json with the weights; they must come from one save.",
+            )
+        _align_memory(model)
+        return (model, info) if wants_info else model
+
+
+def _align_memory(model: nn.Module) -> None:
+    """Copies CPU weights that safetensors mapped at odd addresses.
+
+    Matrix kernels take other paths there and round differently, so that a loaded model would differ from the saved
+    one in the last bit.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
+            tensor.data = tensor.data.clone()
