@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from symphony_vlm.evaluation.drawing import GRID, INK, MUTED, PAPER, SERIES, STYLE, draw_adjacency
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -32,8 +34,6 @@ __all__ = [
     "severity_panel",
 ]
 
-_INK, _MUTED, _GRID, _PAPER = "#111213", "#68696a", "#d9dadb", "#fefdfc"
-_SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _LINES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)), "-", (0, (5, 2)))
 _DASHES = ("", "7 3", "1.5 2.5", "7 3 1.5 3", "", "7 3")
@@ -46,29 +46,7 @@ _SHAPES = (
     '<path d="M15.5 3h3v2.500h2.500v3h-2.500v2.500h-3v-2.500h-2.500v-3h2.500z"/>',
 )
 _HATCHES = ("", "////", "....", "xxxx", "\\\\\\\\", "oo")
-_VARIABLES = {_INK: "ink", _MUTED: "muted", _GRID: "line", _PAPER: "card"} | {c: f"s{i}" for i, c in enumerate(_SERIES)}
-_STYLE = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "symphony-vlm",
-    "font.size": 9.5,
-    "text.color": _INK,
-    "axes.labelcolor": _MUTED,
-    "axes.edgecolor": _MUTED,
-    "axes.titlesize": 10.5,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.8,
-    "axes.facecolor": "none",
-    "figure.facecolor": "none",
-    "xtick.color": _MUTED,
-    "ytick.color": _MUTED,
-    "grid.color": _GRID,
-    "grid.linewidth": 0.7,
-    "hatch.linewidth": 0.7,
-    "lines.linewidth": 1.7,
-    "lines.markersize": 4.5,
-}
+_VARIABLES = {INK: "ink", MUTED: "muted", GRID: "line", PAPER: "card"} | {c: f"s{i}" for i, c in enumerate(SERIES)}
 _MAX_POINTS = 240
 _MAX_EDGES = 60
 """Edges drawn in a graph, heaviest first: more would be a ball of wool, and the heat map has them all."""
@@ -90,7 +68,7 @@ def legend(labels: Sequence[str]) -> str:
     """HTML legend of the models, in their order."""
     entries = []
     for index, label in enumerate(labels):
-        k = index % len(_SERIES)
+        k = index % len(SERIES)
         dash = f' stroke-dasharray="{_DASHES[k]}"' if _DASHES[k] else ""
         entries.append(
             f'<span class="key"><svg viewBox="0 0 34 14" width="34" height="14" aria-hidden="true" '
@@ -111,7 +89,7 @@ def severity_panel(*, title: str, series: Sequence[Series], limits: tuple[float,
                     np.asarray(one.x, dtype=float),
                     _floats(one.low),
                     _floats(one.high),
-                    color=_SERIES[one.style % len(_SERIES)],
+                    color=SERIES[one.style % len(SERIES)],
                     alpha=0.18,
                     linewidth=0,
                 )
@@ -145,11 +123,11 @@ def load_panel(*, title: str, loads: Sequence[tuple[str, int, Sequence[float]]],
     def draw(axes: Axes) -> None:
         width = 0.8 / len(loads)
         for position, (_, style, load) in enumerate(loads):
-            k = style % len(_SERIES)
+            k = style % len(SERIES)
             x = np.arange(len(load)) + (position - (len(loads) - 1) / 2) * width
-            axes.bar(x, load, width * 0.92, color=_SERIES[k], hatch=_HATCHES[k], edgecolor=_PAPER, linewidth=0)
+            axes.bar(x, load, width * 0.92, color=SERIES[k], hatch=_HATCHES[k], edgecolor=PAPER, linewidth=0)
         axes.set_ylim(0, max(top, 1.1 / n_experts))
-        axes.axhline(1 / n_experts, color=_INK, linewidth=1, linestyle=(0, (3, 2)))
+        axes.axhline(1 / n_experts, color=INK, linewidth=1, linestyle=(0, (3, 2)))
         if n_experts <= 16:
             axes.set_xticks(range(n_experts))
         axes.set_xlabel("expert (dashed: even share)")
@@ -165,12 +143,12 @@ def coefficient_panel(
     """Coefficient of variation of the load over steps: a thin line per layer and a thick one for their mean."""
 
     def draw(axes: Axes) -> None:
-        color = _SERIES[style % len(_SERIES)]
+        color = SERIES[style % len(SERIES)]
         for name, (x, y) in layers.items():
             steps, values = _thinned(x, np.asarray(y, dtype=float))
             axes.plot(steps, values, color=color, alpha=0.55, linewidth=0.9)
             if len(layers) <= 8:
-                axes.annotate(f" {name}", (steps[-1], values[-1]), color=_MUTED, fontsize=8, va="center")
+                axes.annotate(f" {name}", (steps[-1], values[-1]), color=MUTED, fontsize=8, va="center")
         mean_x, mean_y = _mean_line(list(layers.values()))
         axes.plot(mean_x, mean_y, color=color, linewidth=2.2, linestyle=_LINES[style % len(_LINES)])
         axes.set_ylim(0, top)
@@ -200,23 +178,9 @@ def adjacency_panel(*, title: str, adjacency: Sequence[Sequence[float]]) -> str:
     n = len(weights)
 
     def draw(axes: Axes) -> None:
-        if n <= 16:
-            image: Any = axes.pcolormesh(weights, cmap="cividis", vmin=0, edgecolors=_PAPER, linewidth=0.6)
-            axes.set_xticks(np.arange(n) + 0.5, [str(e) for e in range(n)])
-            axes.set_yticks(np.arange(n) + 0.5, [str(e) for e in range(n)])
-        else:  # One pixel a weight: thousands of paths would make the page slow.
-            image = axes.imshow(weights, cmap="cividis", vmin=0, interpolation="nearest", extent=(0, n, n, 0))
-        axes.set(aspect="equal", xlim=(0, n), ylim=(n, 0))
-        axes.tick_params(length=0)
-        axes.spines[:].set_visible(False)
+        image = draw_adjacency(axes, weights)
         axes.set_xlabel("gives: expert")
         axes.set_ylabel("receives: expert")
-        if n <= 8:
-            for row, column in np.ndindex(n, n):
-                dark = weights[row, column] < 0.55 * weights.max()
-                text = f"{weights[row, column]:.2f}".replace("0.", ".")
-                color = "#ffffff" if dark else "#000000"
-                axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=7.5, color=color)
         bar = axes.figure.colorbar(image, ax=axes, shrink=0.75, pad=0.03)
         bar.outline.set_visible(False)
 
@@ -247,12 +211,12 @@ def _draw_graph(axes: Axes, weights: np.ndarray) -> None:
                 shrinkA=9,
                 shrinkB=10,
                 linewidth=0.4 + 4.2 * share,
-                color=_SERIES[0],
+                color=SERIES[0],
                 alpha=0.25 + 0.6 * share,
             )
         )
     size = 300 if n <= 16 else 120
-    axes.scatter(x, y, s=size, facecolor=_PAPER, edgecolor=_INK, linewidth=0.6 + 2.4 * np.diag(weights), zorder=3)
+    axes.scatter(x, y, s=size, facecolor=PAPER, edgecolor=INK, linewidth=0.6 + 2.4 * np.diag(weights), zorder=3)
     for e in range(n):
         axes.text(x[e], y[e], str(e), ha="center", va="center", fontsize=9 if n <= 16 else 6, zorder=4)
     axes.set(xlim=(-1.22, 1.22), ylim=(-1.22, 1.22), aspect="equal")
@@ -260,11 +224,11 @@ def _draw_graph(axes: Axes, weights: np.ndarray) -> None:
 
 
 def _line(axes: Axes, one: Series, *, every: int = 1) -> None:
-    k = one.style % len(_SERIES)
+    k = one.style % len(SERIES)
     axes.plot(
         np.asarray(one.x, dtype=float),
         _floats(one.y),
-        color=_SERIES[k],
+        color=SERIES[k],
         marker=_MARKERS[k],
         markevery=every,
         linestyle=_LINES[k],
@@ -277,7 +241,7 @@ def _panel(draw: Any, *, title: str, alt: str, size: tuple[float, float] = (3.5,
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure: Figure = Figure(figsize=size)
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from symphony_vlm.files import write_text
+from symphony_vlm.files import write_json, write_text
 from symphony_vlm.moe.expert_graph import update_expert_graphs
 from symphony_vlm.moe.recording import RoutingRecorder
-from symphony_vlm.moe.statistics import graph_statistics
+from symphony_vlm.moe.statistics import GraphDrift, graph_statistics
 
 __all__ = ["COMPLETE_MARK", "CheckpointMark", "ExpertGraphUpdate", "JsonLog", "ProgressDisplay", "RoutingLog"]
 
@@ -96,30 +95,73 @@ def _cut(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
 
 
 class RoutingLog(TrainerCallback):
-    """Load and graph statistics, a number of times over the stage, as JSON lines."""
+    """Load and graph statistics, a number of times over the stage and at every checkpoint.
 
-    def __init__(self, path: Path, recorder: RoutingRecorder, *, points: int = 20) -> None:
+    They go to a file of JSON lines, to TensorBoard, and into the checkpoints (``routing.json``). As every checkpoint
+    begins a new interval of the statistics, none spans an interruption.
+    """
+
+    def __init__(
+        self, path: Path, recorder: RoutingRecorder, *, tensorboard: Path | None = None, points: int = 20
+    ) -> None:
         self._path = path
         self._recorder = recorder
+        self._tensorboard = tensorboard
         self._points = points
+        self._drift: GraphDrift | None = None
+        self._writer: Any = None
+        self._entry: dict[str, Any] = {}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._recorder.statistics.read()
+        self._drift = GraphDrift(kwargs["model"])
         if state.is_world_process_zero:
             _cut(self._path, lambda entry: entry["step"] <= state.global_step)
+            if self._tensorboard is not None:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._writer = SummaryWriter(str(self._tensorboard))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        assert self._drift is not None
+        self._drift.step()
         every = max(1, state.max_steps // self._points)
-        if state.global_step % every and state.global_step != state.max_steps:
+        # The Trainer's own callback, the first in line, has already decided whether to save.
+        if state.global_step % every and state.global_step != state.max_steps and not control.should_save:
             return
+        # On every rank: each has its share of the statistics, and under FSDP2 and ZeRO-3 of a learnable graph.
         layers = self._recorder.statistics.read()
-        if state.is_world_process_zero:
-            model: nn.Module = kwargs["model"]
-            entry = {"step": state.global_step, "layers": layers, "graphs": graph_statistics(model)}
-            with self._path.open("a") as file:
-                file.write(json.dumps(entry) + "\n")
+        graphs = graph_statistics(kwargs["model"])
+        if not state.is_world_process_zero:
+            return
+        for name, value in self._drift.read().items():
+            graphs[name]["drift"] = value
+        self._entry = {"step": state.global_step, "layers": layers, "graphs": graphs}
+        with self._path.open("a") as file:
+            file.write(json.dumps(self._entry) + "\n")
+        if self._writer is not None:
+            for tag, value in _scalars(self._entry):
+                self._writer.add_scalar(tag, value, state.global_step)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero and self._entry:
+            write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / "routing.json", self._entry)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+def _scalars(entry: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """TensorBoard's tags and values of a line of the routing log; a chart per statistic, a line per layer."""
+    for part in ("layers", "graphs"):
+        for name, values in entry[part].items():
+            short = str(name).removesuffix(".router.expert_graph")
+            yield from ((f"{key}/{short}", value) for key, value in values.items() if isinstance(value, float))
 
 
 class ProgressDisplay(TrainerCallback):

@@ -141,7 +141,9 @@ def _run_multimodal(stage: StageConfig, context: RunContext) -> None:
     collate = ConversationCollator(processor.tokenizer.pad_token_id, partial(_normalize, processor.image_processor))
     callbacks: list[TrainerCallback] = [ExpertGraphUpdate()]
     if model.routing is not None:
-        callbacks.append(RoutingLog(context.folder / stage.name / "routing.jsonl", model.routing))
+        # A folder of its own: TensorBoard follows one growing file per folder.
+        board = context.folder / "tensorboard" / stage.name / "routing"
+        callbacks.append(RoutingLog(context.folder / stage.name / "routing.jsonl", model.routing, tensorboard=board))
     trainer = _trainer(
         stage, context, model, dataset(train), dataset(validation), collate, rates=stage.train, callbacks=callbacks
     )

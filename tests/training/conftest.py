@@ -30,6 +30,10 @@ class FinishedRun:
         entries = [json.loads(line) for line in (self.folder / "log.jsonl").read_text().splitlines()]
         return [entry for entry in entries if stage in (None, entry["stage"])]
 
+    def routing(self, stage: str) -> list[dict[str, Any]]:
+        """Entries of a stage's ``routing.jsonl``."""
+        return [json.loads(line) for line in (self.folder / stage / "routing.jsonl").read_text().splitlines()]
+
 
 @pytest.fixture(scope="session")
 def quiet() -> Console:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from rich.console import Console
+from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from symphony_vlm.moe.configuration import MoEConfig
@@ -61,7 +62,8 @@ def test_only_numbers_are_logged_and_only_by_the_first_process(tmp_path: Path) -
 def test_the_routing_log_cuts_torn_and_later_lines(tmp_path: Path) -> None:
     path = tmp_path / "routing.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "lay')
-    RoutingLog(path, RoutingRecorder(MoEConfig())).on_train_begin(_arguments(tmp_path), _state(2), TrainerControl())
+    log = RoutingLog(path, RoutingRecorder(MoEConfig()))
+    log.on_train_begin(_arguments(tmp_path), _state(2), TrainerControl(), model=nn.Module())
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 

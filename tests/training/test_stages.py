@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
@@ -289,8 +290,7 @@ def test_every_stage_logs_a_validation_loss_at_each_checkpoint(tiny_run: Any) ->
 
 
 def test_the_routing_log_describes_loads_and_graphs(tiny_run: Any) -> None:
-    lines = (tiny_run.folder / "instruct" / "routing.jsonl").read_text().splitlines()
-    entries = [json.loads(line) for line in lines]
+    entries = tiny_run.routing("instruct")
     assert [entry["step"] for entry in entries] == list(range(1, 13))
     for entry in entries:
         assert set(entry["layers"]) == {"0", "1"}
@@ -303,6 +303,48 @@ def test_the_routing_log_describes_loads_and_graphs(tiny_run: Any) -> None:
             assert graph["num_updates"] == entry["step"]
             np.testing.assert_allclose(np.sum(graph["adjacency"], axis=1), 1.0, atol=4e-6)
     assert not (tiny_run.folder / "pretrain" / "routing.jsonl").exists()
+
+
+def test_each_graphs_logged_drift_is_the_length_of_its_step(tiny_run: Any) -> None:
+    """The log has a line for every step here, so the drift is the distance between two lines' matrices."""
+    entries = tiny_run.routing("instruct")
+    for before, entry in itertools.pairwise(entries):
+        for name, graph in entry["graphs"].items():
+            step = np.subtract(graph["adjacency"], before["graphs"][name]["adjacency"])
+            # 16 entries rounded to six digits, on both sides.
+            assert graph["drift"] == pytest.approx(np.linalg.norm(step), abs=4e-6)
+            assert graph["drift"] > 1e-4
+
+
+def test_checkpoints_and_tensorboard_have_the_statistics_of_the_log(tiny_run: Any) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    by_step = {entry["step"]: entry for entry in tiny_run.routing("instruct")}
+    checkpoints = sorted((tiny_run.folder / "instruct").glob("checkpoint-*"))
+    assert len(checkpoints) == 2
+    for folder in checkpoints:
+        assert json.loads((folder / "routing.json").read_text()) == by_step[int(folder.name.split("-")[1])]
+    events = EventAccumulator(str(tiny_run.folder / "tensorboard" / "instruct" / "routing"))
+    events.Reload()
+    for key in ("load_cv", "token_entropy"):
+        shown = [(event.step, event.value) for event in events.Scalars(f"{key}/1")]
+        assert shown == [(step, np.float32(entry["layers"]["1"][key])) for step, entry in by_step.items()]
+    layer = "language_model.model.layers.1.mlp"
+    for key in ("drift", "spectral_gap"):
+        shown = [(event.step, event.value) for event in events.Scalars(f"{key}/{layer}")]
+        graphs = {step: entry["graphs"][f"{layer}.router.expert_graph"] for step, entry in by_step.items()}
+        assert shown == [(step, np.float32(graph[key])) for step, graph in graphs.items()]
+
+
+def test_the_routing_log_has_a_line_at_every_checkpoint_so_that_no_interval_spans_an_interruption(
+    only_stage: Callable[..., Recipe], tmp_path: Path, quiet: Console
+) -> None:
+    """41 steps are logged every second one (20 points); the checkpoints fall on multiples of 3."""
+    settings = {"max_steps": 41, "log_steps": 3, "save_fraction": 0.07, "batch_size": 2}
+    train(only_stage("instruct", **settings), tmp_path / "run", console=quiet)
+    lines = (tmp_path / "run" / "instruct" / "routing.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in lines]
+    assert steps == [step for step in range(1, 42) if step % 2 == 0 or step % 3 == 0 or step == 41]
 
 
 def test_tensorboard_has_the_losses_of_each_stage(tiny_run: Any) -> None:

@@ -1,0 +1,117 @@
+"""Runs a benchmark, prints a Markdown table and writes JSON.
+
+Example: python -m benchmarks.run router --json router.json
+
+A benchmark is a file here with a function ``cases(*, tiny, device)`` that yields `measure.Case`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from benchmarks.measure import Case, Plan, Result, measure
+from symphony_vlm.files import write_json
+from symphony_vlm.training.provenance import provenance
+
+__all__ = ["main"]
+
+_NOT_BENCHMARKS = {"__init__", "measure", "run"}
+
+Results = list[tuple[Case, Result]]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    options = _parse(arguments)
+    torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    plan = Plan(rounds=options.rounds, alternations=options.alternations, seconds=options.seconds)
+    results: Results = []
+    for case in importlib.import_module(f"benchmarks.{options.name}").cases(tiny=options.tiny, device=device):
+        print(_words(case), file=sys.stderr)
+        results.append((case, measure(case, plan, device)))
+    facts = provenance(benchmark=options.name, device=options.device, processor=_processor(), plan=asdict(plan))
+    if options.json is not None:
+        cases = [{"settings": dict(case.settings), **asdict(result)} for case, result in results]
+        write_json(options.json, {"provenance": facts, "cases": cases})
+    print(f"{options.name} on {facts['processor']}, {options.threads} thread(s), torch {torch.__version__}\n")
+    print(markdown(results))
+    print(f"\n{largest(results)}")
+
+
+def markdown(results: Results) -> str:
+    """A row per case: times of the whole and the baseline, and what the other contenders add to the baseline.
+
+    Percentages are shares of the whole.
+    """
+    settings = list(results[0][0].settings)
+    wholes = list(dict.fromkeys(case.whole[0] for case, _ in results if case.whole))
+    names = list(dict.fromkeys(name for case, _ in results for name in case.contenders))
+    rows = [[*settings, *wholes, *names]]
+    rows.append(["---"] * len(rows[0]))
+    for case, result in results:
+        cells = [str(value) for value in case.settings.values()]
+        cells += [f"{1e3 * result.whole:.3g} ms" if case.whole and case.whole[0] == name else "" for name in wholes]
+        cells += [_cell(case, result, name) for name in names]
+        rows.append(cells)
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _cell(case: Case, result: Result, name: str) -> str:
+    if name not in result.timings:
+        return ""
+    timing = result.timings[name]
+    if name == next(iter(case.contenders)):
+        return f"{1e3 * timing.seconds:.3g} ms ({timing.seconds / result.whole:.2%})"
+    share = f"{timing.difference / result.whole:+.2%}"
+    return f"{1e3 * timing.difference:+.3f} ± {1e3 * timing.difference_error:.3f} ms ({share})"
+
+
+def largest(results: Results) -> str:
+    """The largest share that each contender adds to the baseline, over the cases."""
+    worst: dict[str, tuple[float, Case]] = {}
+    for case, result in results:
+        for name, timing in list(result.timings.items())[1:]:
+            share = timing.difference / result.whole
+            if name not in worst or share > worst[name][0]:
+                worst[name] = (share, case)
+    return "\n".join(f"{name}: at most {share:+.2%} ({_words(case)})" for name, (share, case) in worst.items())
+
+
+def _words(case: Case) -> str:
+    return ", ".join(f"{key} {value}" for key, value in case.settings.items())
+
+
+def _processor() -> str:
+    """The processor's name as Linux tells it, else its architecture."""
+    import platform
+
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    names = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in _NOT_BENCHMARKS)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description="Measure speed.")
+    parser.add_argument("name", choices=names)
+    parser.add_argument("--json", type=Path, help="file to write")
+    parser.add_argument("--rounds", type=int, default=7, help="samples of the whole (default 7)")
+    parser.add_argument("--alternations", type=int, default=20, help="samples of each contender a round (default 20)")
+    parser.add_argument("--seconds", type=float, default=0.005, help="shortest sample (default 0.005)")
+    parser.add_argument("--threads", type=int, default=1, help="1 (default) counts processor time, more wall time")
+    parser.add_argument("--device", default="cpu", help="where the work happens (default cpu)")
+    parser.add_argument("--tiny", action="store_true", help="sizes for a test of the benchmark itself")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()
