@@ -19,10 +19,16 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "InputError": "symphony_vlm.errors",
     "MoEConfig": "symphony_vlm.moe.configuration",
+    "SymphonyForCausalLM": "symphony_vlm.model.language_model",
+    "SymphonyLMConfig": "symphony_vlm.model.configuration",
     "SymphonyVLMConfig": "symphony_vlm.model.configuration",
     "SymphonyVLMForConditionalGeneration": "symphony_vlm.model.vlm",
     "SymphonyVLMProcessor": "symphony_vlm.model.processor",
+    "calibrate_expert_graphs_": "symphony_vlm.moe.native",
+    "export": "symphony_vlm.model.export",
     "load": "symphony_vlm.model.loading",
+    "load_language_model": "symphony_vlm.model.loading",
+    "symphonize_": "symphony_vlm.moe.native",
     "update_expert_graphs": "symphony_vlm.moe.expert_graph",
     "upcycle_": "symphony_vlm.moe.upcycle",
 }
@@ -31,12 +37,15 @@ __all__ = ["__version__", *_EXPORTS]
 
 if TYPE_CHECKING:
     from symphony_vlm.errors import InputError
-    from symphony_vlm.model.configuration import SymphonyVLMConfig
-    from symphony_vlm.model.loading import load
+    from symphony_vlm.model.configuration import SymphonyLMConfig, SymphonyVLMConfig
+    from symphony_vlm.model.export import export
+    from symphony_vlm.model.language_model import SymphonyForCausalLM
+    from symphony_vlm.model.loading import load, load_language_model
     from symphony_vlm.model.processor import SymphonyVLMProcessor
     from symphony_vlm.model.vlm import SymphonyVLMForConditionalGeneration
     from symphony_vlm.moe.configuration import MoEConfig
     from symphony_vlm.moe.expert_graph import update_expert_graphs
+    from symphony_vlm.moe.native import calibrate_expert_graphs_, symphonize_
     from symphony_vlm.moe.upcycle import upcycle_
 
 _imports.install()

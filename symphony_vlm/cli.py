@@ -68,8 +68,7 @@ def quickstart(
         f"{_mean(v for k, v in values.items() if k != 'scenes/none/0'):.3f} on corrupted ones"
         for name, values in summary["headline"].items()
     ]
-    if summary["text_only"] is not None:
-        lines.append(f"without the picture: {summary['text_only']:.3f}")
+    lines.append(f"without the picture: {summary['text_only']:.3f}")
     lines += [f"report: {summary['report']}", f"results: {summary['results']}"]
     _finish(summary, json_, "\n".join(lines))
 
@@ -186,6 +185,74 @@ def report(
 
     page = write_report(results, output)
     _finish({"report": str(page), "results": str(output / "results.json")}, json_, str(page))
+
+
+@app.command("inspect")
+def inspect_routers(
+    model: Annotated[str, typer.Option(help="Folder of a model or of a finished run, or a hub name.")],
+    output: Annotated[Optional[Path], typer.Option(help="Folder for inspect.json and figures (PNG).")] = None,  # noqa: UP045
+    data: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Conversations to measure load and entropy on; default: the training log's."),
+    ] = None,
+    image_folder: Annotated[Optional[Path], typer.Option(help="Base of the records' image paths.")] = None,  # noqa: UP045
+    limit: Annotated[Optional[int], typer.Option(help="Records to run; default 256.", min=1)] = None,  # noqa: UP045
+    json_: Json = False,
+) -> None:
+    """Show what the routers of a model do: load, entropy and the expert graph of every sparse layer.
+
+    Example: symphony-vlm inspect --model runs/quickstart/symphony_smoe/model --output out
+    """
+    from symphony_vlm.evaluation.inspection import inspect_model, summary, table, write_inspection
+
+    found = inspect_model(model, data=data, image_folder=image_folder, limit=limit, console=_console())
+    paths = write_inspection(found, output) if output else []
+    if not json_:
+        wide = Console(highlight=False)
+        wide.print(table(found), width=None if wide.is_terminal else 120)
+    _finish(summary(found, paths), json_, "\n".join(map(str, paths)) or "add --output DIR for figures and inspect.json")
+
+
+@app.command()
+def upcycle(
+    model: Annotated[str, typer.Option(help="Folder of a dense causal LM or vision-language model, or a hub name.")],
+    config: Annotated[str, typer.Option(help="A recipe with model.moe, or a YAML file with those settings.")],
+    output: Annotated[Path, typer.Option(help="Folder to create.")],
+    seed: Annotated[int, typer.Option(help="Of the new gates and of noise.")] = 0,
+    json_: Json = False,
+    overrides: Overrides = None,
+) -> None:
+    """Turn a dense model into a mixture of experts, shard by shard, and prove that its logits are the same.
+
+    Example: symphony-vlm upcycle --model Qwen3-0.6B --config quickstart --output moe model.moe.num_experts=8
+    """
+    from symphony_vlm.config.loading import load_moe_settings
+
+    settings = load_moe_settings(config, overrides or [])
+    from symphony_vlm.model.loading import local_folder
+    from symphony_vlm.moe.convert import upcycle_checkpoint
+
+    difference = upcycle_checkpoint(local_folder(model), output, settings, seed=seed, report=_console().print)
+    summary = {"max_logit_difference": difference, "output": str(output)}
+    _finish(summary, json_, f"largest difference of the logits: {difference:.2e}\nmodel: {output}")
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Option(help="Folder of a model or of a finished run, or a hub name.")],
+    output: Annotated[Path, typer.Option(help="Folder to create.")],
+    format: Annotated[str, typer.Option(help="transformers: a checkpoint of its own classes.")] = "transformers",
+    json_: Json = False,
+) -> None:
+    """Fold the expert graph into the gates and write a checkpoint that runs without this package, proven equal.
+
+    Example: symphony-vlm export --model runs/moe --format transformers --output stock
+    """
+    from symphony_vlm.model.export import export_checkpoint
+
+    difference = export_checkpoint(model, output, format)
+    summary = {"max_logit_difference": difference, "output": str(output)}
+    _finish(summary, json_, f"largest difference of the logits (fp32): {difference:.2e}\nmodel: {output}")
 
 
 @app.command()

@@ -142,6 +142,9 @@ class StageConfig(_Schema):
     adam_beta2: float = Field(default=0.999, gt=0, lt=1)
     max_grad_norm: float = Field(default=1.0, gt=0)
     max_length: int = Field(default=2048, gt=0)
+    independent_turns: bool = False
+    """Whether the turns of a record are separate questions about its image: each sees the image and itself, not the
+    turns before, exactly as if it stood alone, at a fraction of the cost."""
     bf16: bool = False
     gradient_checkpointing: bool = False
     dataloader_workers: int = Field(default=0, ge=0)
@@ -164,6 +167,8 @@ class StageConfig(_Schema):
             raise ValueError("a multimodal stage needs 'train': a learning rate for each module that trains")
         if self.kind != "multimodal" and (self.train or self.upcycle):
             raise ValueError(f"'train' and 'upcycle' belong to multimodal stages; a {self.kind} stage trains one model")
+        if self.kind != "multimodal" and self.independent_turns:
+            raise ValueError("'independent_turns' belongs to multimodal stages")
         return self
 
 

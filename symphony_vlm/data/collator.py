@@ -18,7 +18,7 @@ from symphony_vlm.data.conversation import IGNORE_INDEX, EncodedConversation
 from symphony_vlm.data.images import image_key, load_image
 from symphony_vlm.data.sample import ImageRef, Sample
 
-__all__ = ["ConversationCollator", "ConversationDataset", "EncodedSample"]
+__all__ = ["ConversationCollator", "ConversationDataset", "EncodedSample", "turn_ids"]
 
 
 class EncodedSample(TypedDict):
@@ -95,9 +95,14 @@ class ConversationCollator:
     pad_token_id: int
     normalize: Callable[[list[np.ndarray]], Tensor]
     """uint8 squares to ``[N, 3, H, W]``."""
+    independent_turns_after: int | None = None
+    """The image token, if the turns after a record's image are separate questions; see `turn_ids`."""
 
     def __call__(self, samples: Sequence[EncodedSample]) -> dict[str, Tensor]:
-        """``input_ids``, ``labels``, ``attention_mask`` ``[B, S]`` and, if there are images, ``pixel_values``."""
+        """``input_ids``, ``labels``, ``attention_mask`` ``[B, S]`` and, if there are images, ``pixel_values``.
+
+        With independent turns also ``turn_ids`` ``[B, S]``.
+        """
         longest = max(len(sample["input_ids"]) for sample in samples)
         ids = torch.full((len(samples), longest), self.pad_token_id, dtype=torch.long)
         labels = torch.full_like(ids, IGNORE_INDEX)
@@ -108,7 +113,24 @@ class ConversationCollator:
             labels[row, :length] = torch.from_numpy(sample["labels"])
             mask[row, :length] = 1
         batch = {"input_ids": ids, "labels": labels, "attention_mask": mask}
+        if self.independent_turns_after is not None:
+            batch["turn_ids"] = turn_ids(ids, labels, self.independent_turns_after)
         images = [image for sample in samples for image in sample["images"]]
         if images:
             batch["pixel_values"] = self.normalize(images)
         return batch
+
+
+def turn_ids(input_ids_BS: Tensor, labels_BS: Tensor, image_token_id: int) -> Tensor:
+    """Which turn each token belongs to, ``[B, S]``: 0, 1, ... and -1 for what all turns share.
+
+    A turn ends with its supervised answer. Shared is the beginning of the first turn up to its last image token; a
+    record without an image there shares nothing.
+    """
+    supervised_BS = labels_BS != IGNORE_INDEX
+    last_of_answer_BS = supervised_BS & ~torch.nn.functional.pad(supervised_BS[:, 1:], (0, 1))
+    turns_BS = last_of_answer_BS.long().cumsum(1) - last_of_answer_BS.long()
+    first_images_BS = (input_ids_BS == image_token_id) & (turns_BS == 0)
+    # From here on to the left there is an image token of the first turn.
+    shared_BS = first_images_BS.long().flip(1).cumsum(1).flip(1) > 0
+    return turns_BS.masked_fill(shared_BS, -1)

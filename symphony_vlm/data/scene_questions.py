@@ -72,7 +72,7 @@ RARE_SHARE = 0.25
 """How often a scene asks a relation or a choice among its first questions. Both need two steps of reasoning; the other
 types are what a small model can learn from a few thousand pictures."""
 
-PAIR_SHARE = 0.4
+PAIR_SHARE = 0.2
 """How often a scene's yes/no questions are all about pairs of attributes; otherwise those about one come first."""
 
 DIRECTIONS: dict[str, tuple[int, int]] = {"left of": (-2, 0), "right of": (2, 0), "above": (0, -2), "below": (0, 2)}

@@ -17,6 +17,7 @@ Shape letters: B batch, S sequence, N images, P features per image, C vision hid
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from symphony_vlm.model.pretrained import SymphonyOutput, SymphonyPreTrainedMode
 from symphony_vlm.model.processor import SymphonyVLMProcessor
 from symphony_vlm.model.projector import build_projector
 from symphony_vlm.model.registration import register
+from symphony_vlm.model.turns import separate_turns
 from symphony_vlm.model.vision import VisionConfig, build_vision_tower
 from symphony_vlm.moe.configuration import MoEConfig
 from symphony_vlm.moe.installation import install_moe_
@@ -76,6 +78,7 @@ class SymphonyVLMForConditionalGeneration(SymphonyPreTrainedModel, GenerationMix
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        turn_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> SymphonyOutput:
         """One pass over merged image and text tokens.
@@ -90,18 +93,32 @@ class SymphonyVLMForConditionalGeneration(SymphonyPreTrainedModel, GenerationMix
             inputs_embeds: ``[B, S, D]``, instead of `input_ids`: no merge takes place.
             labels: ``[B, S]``, -100 where nothing is learnt.
             num_items_in_batch: supervised tokens in the whole optimizer step, see `loss.training_loss`.
+            turn_ids: ``[B, S]``, with `attention_mask`: turns that shall not see each other, see `turns`.
 
         Raises:
             ValueError: placeholders and image features differ in number.
         """
+        idle = None
         if image_features is None and pixel_values is not None:
             image_features = self.get_image_features(pixel_values)
+        elif image_features is None and (past_key_values is None or past_key_values.get_seq_length() == 0):
+            # In the place of the images' pass, as other ranks may be in it now.
+            idle = self._idle_vision_pass() if self._vision_is_sharded() else None
         if inputs_embeds is None:
             if input_ids is None:
                 raise ValueError("give input_ids or inputs_embeds")
             text_BSD = self.get_input_embeddings()(input_ids)
             inputs_embeds = merge_image_features(text_BSD, image_features, input_ids, self.config.image_token_id)
-        if position_ids is None and attention_mask is not None and past_key_values is None:
+        if idle is not None:
+            inputs_embeds = inputs_embeds + idle
+        if turn_ids is not None and attention_mask is not None:
+            attention_mask, position_ids = separate_turns(
+                turn_ids,
+                attention_mask,
+                implementation=self.language_model.config._attn_implementation,
+                dtype=inputs_embeds.dtype,
+            )
+        elif position_ids is None and attention_mask is not None and past_key_values is None:
             position_ids = position_ids_from_mask(attention_mask)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
@@ -118,6 +135,31 @@ class SymphonyVLMForConditionalGeneration(SymphonyPreTrainedModel, GenerationMix
         features_NPC = self.vision_tower(pixel_values.to(dtype))
         features_NPD: Tensor = self.projector(features_NPC)
         return features_NPD
+
+    def _vision_is_sharded(self) -> bool:
+        """Whether FSDP2 (which gives modules an ``unshard``) or ZeRO-3 has spread the tower or the projector."""
+        parameters = [*self.vision_tower.parameters(), *self.projector.parameters()]
+        sharded = any(hasattr(parameter, "full_tensor") or hasattr(parameter, "ds_id") for parameter in parameters)
+        return sharded or hasattr(self, "unshard")
+
+    def _idle_vision_pass(self) -> Tensor:
+        """Zero, by way of the tower and the projector.
+
+        Sharded parameters are gathered, and their gradients reduced, by all ranks together: a rank whose batch has no
+        image must take part, or the others would wait for it for ever.
+        """
+        modes = [(part, part.training) for part in (self.vision_tower, self.projector)]
+        size = self.vision_tower.config.image_size
+        recorder = nullcontext() if self.routing is None else self.routing.idle_images()
+        try:
+            for part, _ in modes:
+                part.eval()  # a blank image must not enter running means
+            with recorder:
+                features_NPD = self.get_image_features(torch.zeros(1, 3, size, size, device=self.device))
+        finally:
+            for part, mode in modes:
+                part.train(mode)
+        return 0 * features_NPD.sum()
 
     @torch.no_grad()
     def chat(

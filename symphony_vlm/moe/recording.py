@@ -50,6 +50,8 @@ class RoutingRecorder:
         """Whether evaluation mode counts too (`collect`)."""
         self._layers: list[SparseMoE] = []
         self._in_front: list[RoutingRecorder] = []
+        # Of a pass without images that the modules in front had to take part in; see `idle_images`.
+        self._idle: dict[int | str, RouterOutput] = {}
 
     @classmethod
     def attach(
@@ -76,7 +78,7 @@ class RoutingRecorder:
 
     def __getstate__(self) -> dict[str, Any]:
         # Recorded tensors hang on an autograd graph, which cannot be copied; a copied model starts without a record.
-        return self.__dict__ | {"outputs": {}, "token_mask_T": None}
+        return self.__dict__ | {"outputs": {}, "token_mask_T": None, "_idle": {}}
 
     @contextmanager
     def collect(self) -> Iterator[None]:
@@ -90,14 +92,32 @@ class RoutingRecorder:
             for recorder in recorders:
                 recorder.collecting = False
 
+    @contextmanager
+    def idle_images(self) -> Iterator[None]:
+        """Around a pass of the modules in front, in evaluation mode, that only keeps other ranks company.
+
+        It counts nowhere. Its router losses are added with a weight of 0, for the backward pass too must do on every
+        rank what it does on the others.
+        """
+        for other in self._in_front:
+            other.collecting = False
+        try:
+            yield
+        finally:
+            for other in self._in_front:
+                other.collecting = self.collecting
+                other._idle, other.outputs = other.outputs, {}
+
     def losses(self) -> dict[str, Tensor]:
         """Unweighted router losses of the last forward pass, each the mean over layers, and per layer.
 
         Keys: ``balance``, ``z``, and ``balance/<layer>``, ``z/<layer>``.
         """
         parts: dict[str, Tensor] = {}
-        for layer, out in self.outputs.items():
+        for layer, out in (self._idle | self.outputs).items():
             mask_T = self.token_mask_T if isinstance(layer, int) else None  # image features have no padding
+            if layer in self._idle:
+                mask_T = torch.zeros_like(out.indices_TK[:, 0], dtype=torch.bool)
             parts[f"balance/{layer}"] = load_balancing_loss(
                 logits_TE=out.logits_TE, indices_TK=out.indices_TK, token_mask_T=mask_T
             )
@@ -105,6 +125,8 @@ class RoutingRecorder:
         for kind in ("balance", "z"):
             values = [parts[f"{kind}/{layer}"] for layer in self.outputs]
             parts[kind] = torch.stack(values or [self._nothing_routed()]).mean()
+            for layer in self._idle:
+                parts[kind] = parts[kind] + parts.pop(f"{kind}/{layer}")
         return parts
 
     def _nothing_routed(self) -> Tensor:
@@ -117,11 +139,12 @@ class RoutingRecorder:
         return self.config.balance_loss_weight * losses["balance"] + self.config.z_loss_weight * losses["z"]
 
     def _open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.outputs = {}
+        self.outputs, self._idle = {}, {}
         for other in self._in_front:
             # Taken, not copied: a pass without images must not find those of the pass before.
             self.outputs |= other.outputs
-            other.outputs = {}
+            self._idle |= other._idle
+            other.outputs, other._idle = {}, {}
         for layer in self._layers:
             layer.routed = self.outputs
         self.token_mask_T = _token_mask(args, kwargs)
@@ -165,6 +188,10 @@ def _token_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     tokens = kwargs.get("inputs_embeds")
     if tokens is None:
         tokens = kwargs.get("input_ids", args[0] if args else None)
+    if isinstance(mask, Tensor) and mask.dim() == 4 and tokens is not None:
+        # ``[B, 1, S, L]``, bool or additive: a real token is seen by somebody, padding by nobody.
+        seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        mask = seen.any(dim=(1, 2)).expand(tokens.shape[0], -1)
     if not isinstance(mask, Tensor) or mask.dim() != 2 or tokens is None:
         return None
     # With a KV cache the mask covers the past too; the tokens of this pass are the last ones.

@@ -7,6 +7,8 @@ No statistic of dropped tokens: experts have no capacity limit, so none is ever 
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -14,7 +16,9 @@ from torch import Tensor, nn
 from symphony_vlm.moe.expert_graph import expert_graphs
 from symphony_vlm.moe.router import RouterOutput
 
-__all__ = ["GraphDrift", "LoadStatistics", "graph_statistics"]
+__all__ = ["GraphDrift", "LoadStatistics", "graph_statistics", "sum_over_processes"]
+
+Key = TypeVar("Key")
 
 
 class LoadStatistics:
@@ -45,7 +49,7 @@ class LoadStatistics:
         sums = {layer: values.cpu() for layer, values in self._sums.items()}
         self._sums = {}
         result: dict[int | str, dict[str, object]] = {}
-        for layer, values in _sum_over_processes(sums).items():
+        for layer, values in sum_over_processes(sums).items():
             load_E, gate_E, (entropy, tokens) = values.split([(len(values) - 2) // 2] * 2 + [2])
             if tokens == 0:
                 continue
@@ -60,11 +64,11 @@ class LoadStatistics:
         return result
 
 
-def _sum_over_processes(sums: dict[int | str, Tensor]) -> dict[int | str, Tensor]:
-    """Sums by layer, in the order of the ranks. A process may lack layers: it had no batch since the last time."""
+def sum_over_processes(sums: dict[Key, Tensor]) -> dict[Key, Tensor]:
+    """Sums by layer or other name, in the order of the ranks. A process may lack some: it had no batch, or no image."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return sums
-    parts: list[dict[int | str, Tensor]] = [{}] * dist.get_world_size()
+    parts: list[dict[Key, Tensor]] = [{}] * dist.get_world_size()
     dist.all_gather_object(parts, sums)
     layers = dict.fromkeys(layer for part in parts for layer in part)
     return {layer: torch.stack([part[layer] for part in parts if layer in part]).sum(0) for layer in layers}

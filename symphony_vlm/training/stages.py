@@ -138,7 +138,11 @@ def _run_multimodal(stage: StageConfig, context: RunContext) -> None:
         encode=partial(_encode, processor, stage),
         to_square=partial(_square, processor.image_processor),
     )
-    collate = ConversationCollator(processor.tokenizer.pad_token_id, partial(_normalize, processor.image_processor))
+    collate = ConversationCollator(
+        processor.tokenizer.pad_token_id,
+        partial(_normalize, processor.image_processor),
+        model.config.image_token_id if stage.independent_turns else None,
+    )
     callbacks: list[TrainerCallback] = [ExpertGraphUpdate()]
     if model.routing is not None:
         # A folder of its own: TensorBoard follows one growing file per folder.

@@ -12,6 +12,7 @@ from transformers import Trainer
 
 from symphony_vlm.data.conversation import IGNORE_INDEX
 from symphony_vlm.errors import InputError
+from symphony_vlm.moe.statistics import sum_over_processes
 from symphony_vlm.text import nearest
 
 __all__ = ["StageTrainer", "freeze_except", "parameter_groups"]
@@ -72,8 +73,8 @@ class StageTrainer(Trainer):
         self.optimizer: torch.optim.Optimizer | None = None
         super().__init__(*args, **kwargs)
         self._rates = rates
-        self._part_sums: dict[str, Tensor] = {}
-        self._part_weight: Tensor | float = 0.0
+        # By name the weighted sum and the sum of weights: a micro-batch without images has no losses of layers there.
+        self._parts: dict[str, Tensor] = {}
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW with one group per learning rate."""
@@ -98,18 +99,18 @@ class StageTrainer(Trainer):
         if parts and model.training:
             # A micro-batch weighs in the parts as in the loss. Sums stay on the device; the log step reads them.
             share = _share_of_step(inputs["labels"], num_items_in_batch)
-            self._part_weight = self._part_weight + share
             for name, value in parts.items():
-                self._part_sums[name] = self._part_sums.get(name, torch.zeros_like(value)) + share * value
+                new = torch.stack([share * value, torch.as_tensor(share, device=value.device, dtype=value.dtype)])
+                self._parts[name] = self._parts[name] + new if name in self._parts else new
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means of the loss parts since the last log."""
-        if "loss" in logs and self._part_sums:
-            sums = torch.stack(list(self._part_sums.values()))
-            weight = torch.as_tensor(self._part_weight, device=sums.device, dtype=sums.dtype)
+        if "loss" in logs:
             # Of all processes, as the loss itself.
-            weight, *totals = self.accelerator.reduce(torch.cat([weight[None], sums])).tolist()
-            logs |= {name: round(total / weight, 6) for name, total in zip(self._part_sums, totals, strict=True)}
-            self._part_sums, self._part_weight = {}, 0.0
+            sums = sum_over_processes({name: total_and_weight.cpu() for name, total_and_weight in self._parts.items()})
+            self._parts = {}
+            for name, (total, weight) in sums.items():
+                if weight:
+                    logs[name] = round(float(total / weight), 6)
         super().log(logs, start_time)

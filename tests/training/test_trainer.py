@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import TrainingArguments
+from transformers.utils import ModelOutput
 
 from symphony_vlm.errors import InputError
-from symphony_vlm.training.trainer import freeze_except, parameter_groups
+from symphony_vlm.training.trainer import StageTrainer, freeze_except, parameter_groups
 
 
 class Model(nn.Module):
@@ -71,3 +77,41 @@ def test_the_longest_prefix_decides_the_rate_and_vectors_are_not_decayed() -> No
     }
     assert sum(len(group["params"]) for group in groups) == len(found), "no parameter stands twice"
     torch.optim.AdamW(groups)
+
+
+@dataclass
+class Output(ModelOutput):
+    loss: Tensor | None = None
+    loss_parts: dict[str, Tensor] | None = None
+
+
+class TwoParts(nn.Module):
+    """A model whose loss has a second part where there is an image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, labels: Tensor, value: float, image: bool, **kwargs: Any) -> Any:
+        parts = {"cross_entropy": torch.tensor(value)} | (
+            {"balance/vision.0": torch.tensor(10 * value)} if image else {}
+        )
+        loss = self.weight * value
+        return Output(loss=loss, loss_parts=parts)
+
+
+def test_each_part_of_the_loss_is_averaged_over_the_micro_batches_that_have_it(tmp_path: Path) -> None:
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    trainer = StageTrainer(model=TwoParts().train(), args=arguments, rates={"": 0.1})
+    logged: list[dict[str, float]] = []
+    for micro_batches in ([(3, 2.0, True), (1, 6.0, False)], [(2, 1.0, False)]):
+        for tokens, value, image in micro_batches:
+            labels = torch.tensor([[-100, *[5] * tokens, *[-100] * (4 - tokens)]])
+            inputs = {"labels": labels, "value": value, "image": image}
+            trainer.compute_loss(trainer.model, inputs, num_items_in_batch=4)
+        logs = {"loss": 0.0}
+        trainer.log(logs)
+        logged.append(logs)
+    # (3 * 2 + 1 * 6) / 4; the part that one micro-batch has is its value; none is left for the next interval.
+    assert logged[0]["cross_entropy"] == 3.0 and logged[0]["balance/vision.0"] == 20.0
+    assert logged[1]["cross_entropy"] == 1.0 and "balance/vision.0" not in logged[1]
