@@ -85,6 +85,12 @@ def train(rank: int, world_size: int) -> list[dict[str, list[Tensor]]]:
     model(inputs_embeds=rows.chunk(world_size)[rank], attention_mask=mask.chunk(world_size)[rank])
     update_expert_graphs(model)
     states.append(state(model))
+    # A step in which a process has a batch of no row; the backward pass waits for nobody.
+    rows = batch(STEPS, 2)[: ROWS if rank == 0 else 0]
+    output = parallel(inputs_embeds=rows)
+    (output.square().sum() + model.recorder.weighted_loss(model.recorder.losses())).backward()
+    update_expert_graphs(model)
+    states.append(state(model))
     # A step in which nobody has anything: nothing may change, and nobody may wait.
     update_expert_graphs(model)
     states.append(state(model))

@@ -122,14 +122,21 @@ def test_the_graph_influences_training_once_it_has_moved(language_model: MakeMod
     assert second["smoe"] != second["symphony_smoe"]
 
 
-def test_activation_checkpointing_changes_nothing(language_model: MakeModel, token_ids: MakeIds) -> None:
+@pytest.mark.parametrize("token_graph", ["none", "similarity", "attention"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_changes_nothing(
+    language_model: MakeModel, token_ids: MakeIds, reentrant: bool, token_graph: str
+) -> None:
     """Loss, gradients and graph bit for bit: the recomputation does the same arithmetic and counts nothing."""
+    settings: dict[str, Any] = {"token_graph": token_graph}
+    if reentrant:  # the next test says why
+        settings |= {"balance_loss_weight": 0.0, "z_loss_weight": 0.0}
     ids = [token_ids(2, 8, seed=seed) for seed in range(3)]
     observed = []
     for checkpointing in (False, True):
-        model = symphony(language_model)
+        model = symphony(language_model, **settings)
         if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
             assert model.is_gradient_checkpointing
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
         losses = [step(model, ids[:2], optimizer), step(model, ids[1:], optimizer)]
@@ -143,10 +150,11 @@ def test_activation_checkpointing_changes_nothing(language_model: MakeModel, tok
         assert all(torch.equal(a, b) for a, b in zip(plain, checkpointed, strict=True))
 
 
-def test_reentrant_checkpointing_is_refused_because_router_losses_would_be_silent(
-    language_model: MakeModel, token_ids: MakeIds
+@pytest.mark.parametrize("weights", [(0.01, 0.0), (0.0, 0.001)])
+def test_reentrant_checkpointing_is_refused_where_router_losses_would_be_silent(
+    language_model: MakeModel, token_ids: MakeIds, weights: tuple[float, float]
 ) -> None:
-    model = symphony(language_model)
+    model = symphony(language_model, balance_loss_weight=weights[0], z_loss_weight=weights[1])
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
     with pytest.raises(RuntimeError, match=r"decoder layer 0.*silently inactive.*use_reentrant.*False"):
@@ -158,3 +166,105 @@ def test_a_forward_pass_without_gradients_in_training_mode_is_allowed(
 ) -> None:
     with torch.no_grad():
         symphony(language_model)(input_ids=token_ids(2, 8))
+
+
+@pytest.mark.parametrize("token_graph", ["none", "similarity", "attention"])
+def test_packed_documents_count_as_the_same_documents_padded(
+    language_model: MakeModel, token_ids: MakeIds, token_graph: str
+) -> None:
+    """The counts are whole numbers and equal, although the hidden states differ by roundings (1e-6)."""
+    first, second = token_ids(1, 25, seed=1), token_ids(1, 21, seed=2)
+    positions = torch.cat([torch.arange(25), torch.arange(21)])[None]
+    packed = {"input_ids": torch.cat([first, second], 1), "position_ids": positions, "use_cache": False}
+    padding = torch.zeros(1, 4, dtype=torch.long)
+    rows = torch.cat([first, torch.cat([second, padding], 1)])
+    padded = {"input_ids": rows, "attention_mask": torch.tensor([[1] * 25, [1] * 21 + [0] * 4])}
+    one_document = {"input_ids": packed["input_ids"], "use_cache": False}
+    found = []
+    for inputs in (packed, padded, one_document):
+        model = symphony(language_model, token_graph=token_graph)
+        model(**inputs)
+        sv.update_expert_graphs(model)
+        found.append([graph.adjacency_EE for graph in graphs_of(model)])
+    assert all(torch.equal(a, b) for a, b in zip(found[0], found[1], strict=True))
+    # Were the second document to see the first, its last layer's choices would be others.
+    assert not torch.equal(found[0][-1], found[2][-1])
+
+
+@pytest.mark.parametrize("precision", ["autocast", "bfloat16"])
+def test_in_16_bits_the_graph_is_the_moving_average_of_its_counts_in_fp32(
+    language_model: MakeModel, token_ids: MakeIds, precision: str
+) -> None:
+    """Against a loop over tokens in fp64. Steps of (1 - 0.99) are small, and 20 of them would show a lost one."""
+    model = symphony(language_model, momentum=0.99)
+    if precision == "bfloat16":
+        model.bfloat16()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    expected_EE = torch.eye(4, dtype=torch.float64)
+    for i in range(20):
+        ids = token_ids(2, 8, seed=i)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+            model(input_ids=ids, labels=ids).loss.backward()
+        counts_EE = torch.zeros(4, 4, dtype=torch.float64)
+        recorder: Any = model.routing
+        for a, b in recorder.outputs[1].indices_TK.tolist():
+            counts_EE[a, b] += 1
+            counts_EE[b, a] += 1
+        alone_E = counts_EE.sum(1) == 0
+        counts_EE[alone_E, alone_E] = 1
+        target_EE = 0.1 * torch.eye(4) + 0.9 * counts_EE / counts_EE.sum(1, keepdim=True)
+        expected_EE = 0.99 * expected_EE + 0.01 * target_EE
+        optimizer.step()
+        optimizer.zero_grad()
+        sv.update_expert_graphs(model)
+    graph = graphs_of(model)[1]
+    assert graph.adjacency_EE.dtype == torch.float32 and int(graph.num_updates) == 20
+    # 20 steps, each rounding numbers up to 1 by 6e-8 a few times.
+    torch.testing.assert_close(graph.adjacency_EE.double(), expected_EE, atol=2e-6, rtol=0)
+
+
+def test_a_batch_of_nothing_but_padding_is_counted_as_nothing(language_model: MakeModel, token_ids: MakeIds) -> None:
+    model = symphony(language_model)
+    model(input_ids=token_ids(2, 8), attention_mask=torch.zeros(2, 8, dtype=torch.long))
+    recorder: Any = model.routing
+    losses = recorder.losses()
+    assert all(torch.isfinite(value) for value in losses.values())
+    recorder.weighted_loss(losses).backward()
+    sv.update_expert_graphs(model)
+    assert all(torch.equal(graph.adjacency_EE, torch.eye(4)) for graph in graphs_of(model))
+    assert [int(graph.num_updates) for graph in graphs_of(model)] == [0, 0]
+    assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_a_batch_without_images_that_passes_a_blank_one_for_other_ranks_stays_as_it_is(
+    tiny_model_factory: Callable[..., Any], token_ids: MakeIds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loss, gradients of the language model, graphs and statistics bit for bit; the tower's gradients are zero."""
+    everywhere = MoEConfig(
+        momentum=0.5, strength=0.9, expert_init_noise=0.5, modules=("language", "projector", "vision")
+    )
+    ids = token_ids(2, 8)
+    observed = []
+    for sharded in (False, True):
+        model = tiny_model_factory(moe=everywhere).train()
+        monkeypatch.setattr(type(model), "_vision_is_sharded", lambda self, sharded=sharded: sharded)
+        output = model(input_ids=ids, labels=ids)
+        output.loss.backward()
+        sv.update_expert_graphs(model)
+        graphs = [(graph.adjacency_EE, int(graph.num_updates)) for graph in graphs_of(model)]
+        facts = (output.loss.item(), output.loss_parts.keys(), model.routing.statistics.read())
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        observed.append((facts, graphs, gradients))
+        assert model.vision_tower.training and model.projector.training
+    (facts, graphs, gradients), (idle_facts, idle_graphs, idle_gradients) = observed
+    assert facts == idle_facts
+    assert all(torch.equal(a, b) and m == n for (a, m), (b, n) in zip(graphs, idle_graphs, strict=True))
+    assert sorted(n for _, n in graphs) == [0, 0, 0, 1, 1]
+    for name, gradient in gradients.items():
+        if name.startswith("language_model."):
+            assert gradient is not None and torch.equal(gradient, idle_gradients[name])
+        else:
+            assert gradient is None
+    routed = [name for name in gradients if "router.gate" in name and not name.startswith("language_model.")]
+    assert len(routed) == 3
+    assert all(idle_gradients[name] is not None and not idle_gradients[name].any() for name in routed)
