@@ -28,6 +28,8 @@ _EXPORTS = {
     "export": "symphony_vlm.model.export",
     "load": "symphony_vlm.model.loading",
     "load_language_model": "symphony_vlm.model.loading",
+    "register_router": "symphony_vlm.moe.router",
+    "set_expert_graph_": "symphony_vlm.moe.expert_graph",
     "symphonize_": "symphony_vlm.moe.native",
     "update_expert_graphs": "symphony_vlm.moe.expert_graph",
     "upcycle_": "symphony_vlm.moe.upcycle",
@@ -44,8 +46,9 @@ if TYPE_CHECKING:
     from symphony_vlm.model.processor import SymphonyVLMProcessor
     from symphony_vlm.model.vlm import SymphonyVLMForConditionalGeneration
     from symphony_vlm.moe.configuration import MoEConfig
-    from symphony_vlm.moe.expert_graph import update_expert_graphs
+    from symphony_vlm.moe.expert_graph import set_expert_graph_, update_expert_graphs
     from symphony_vlm.moe.native import calibrate_expert_graphs_, symphonize_
+    from symphony_vlm.moe.router import register_router
     from symphony_vlm.moe.upcycle import upcycle_
 
 _imports.install()
