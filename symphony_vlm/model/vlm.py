@@ -96,7 +96,7 @@ class SymphonyVLMForConditionalGeneration(SymphonyPreTrainedModel, GenerationMix
             turn_ids: ``[B, S]``, with `attention_mask`: turns that shall not see each other, see `turns`.
 
         Raises:
-            ValueError: placeholders and image features differ in number.
+            ValueError: placeholders and image features differ in number, or turn_ids came without attention_mask.
         """
         idle = None
         if image_features is None and pixel_values is not None:
@@ -111,7 +111,9 @@ class SymphonyVLMForConditionalGeneration(SymphonyPreTrainedModel, GenerationMix
             inputs_embeds = merge_image_features(text_BSD, image_features, input_ids, self.config.image_token_id)
         if idle is not None:
             inputs_embeds = inputs_embeds + idle
-        if turn_ids is not None and attention_mask is not None:
+        if turn_ids is not None:
+            if attention_mask is None:
+                raise ValueError("turn_ids needs attention_mask, which says where padding begins")
             attention_mask, position_ids = separate_turns(
                 turn_ids,
                 attention_mask,

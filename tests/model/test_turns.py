@@ -99,3 +99,10 @@ def test_routers_count_the_real_tokens(tiny_moe_model: Any, implementation: str)
     model(input_ids=ids, attention_mask=mask, pixel_values=pixels, labels=labels, turn_ids=turns).loss.backward()
     assert model.routing.token_mask_T is not None
     assert torch.equal(model.routing.token_mask_T, mask[0].bool())
+
+
+def test_turns_without_a_mask_are_refused_and_not_ignored(tiny_moe_model: Any) -> None:
+    ids, labels, pixels = _conversation(tiny_moe_model, 2)
+    turns = turn_ids(ids, labels, tiny_moe_model.config.image_token_id)
+    with pytest.raises(ValueError, match="turn_ids needs attention_mask"):
+        tiny_moe_model(input_ids=ids, pixel_values=pixels, turn_ids=turns)
