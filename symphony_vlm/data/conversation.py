@@ -154,7 +154,7 @@ def encode_conversation(
     template: Template,
     tokenizer: PreTrainedTokenizerBase,
     image_token_id: int,
-    num_image_tokens: int,
+    num_image_tokens: int | Sequence[int],
     generation_prompt: bool = False,
     max_length: int | None = None,
     origin: str = "conversation",
@@ -166,7 +166,7 @@ def encode_conversation(
         template: the layout.
         tokenizer: must know the template's markers.
         image_token_id: placeholder id, written `num_image_tokens` times for each image.
-        num_image_tokens: features per image.
+        num_image_tokens: features per image, or of each of the sample's images where they differ.
         generation_prompt: ends with the marker that opens the answer (inference); else answers are required.
         max_length: longest sequence; the end is cut, but never inside an image.
         origin: file and record for error messages.
@@ -184,8 +184,9 @@ def encode_conversation(
         labels.append(IGNORE_INDEX)
     for segment in _with_spaces_before_words(_segments(messages, template, generation_prompt)):
         if segment.kind == "image":
-            new = [image_token_id] * num_image_tokens
-            spans.append((len(ids), len(ids) + num_image_tokens))
+            count = num_image_tokens if isinstance(num_image_tokens, int) else num_image_tokens[segment.image]
+            new = [image_token_id] * count
+            spans.append((len(ids), len(ids) + count))
             order.append(segment.image)
         else:
             new = _tokenize(tokenizer, segment)
@@ -195,11 +196,10 @@ def encode_conversation(
         ids += new
         labels += new if supervised else [IGNORE_INDEX] * len(new)
     if max_length is not None and len(ids) > max_length:
-        cut = next(((a, b) for a, b in spans if a < max_length < b), None)
-        lost_image = [span for span in spans if span[0] >= max_length]
-        if cut or lost_image:
+        lost = next(((a, b) for a, b in spans if b > max_length), None)
+        if lost is not None:
             raise InputError(
-                f"{len(ids)} tokens, and the limit of {max_length} would cut an image's {num_image_tokens} tokens",
+                f"{len(ids)} tokens, and the limit of {max_length} would cut an image's {lost[1] - lost[0]} tokens",
                 where=origin,
                 remedy="Raise max_length, or split the record.",
             )
