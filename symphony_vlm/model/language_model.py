@@ -59,7 +59,10 @@ class SymphonyForCausalLM(SymphonyPreTrainedModel, GenerationMixin):
             num_items_in_batch: supervised tokens in the whole optimizer step, see `loss.training_loss`.
             kwargs: for the language model.
         """
-        outputs = self.language_model(
+        return self._run_language_model(
+            labels,
+            ignore_index=IGNORE_INDEX,
+            num_items_in_batch=num_items_in_batch,
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -67,7 +70,6 @@ class SymphonyForCausalLM(SymphonyPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
-        return self._output(outputs, labels, IGNORE_INDEX, num_items_in_batch)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The language model's own: some have rules (Phi-3 drops its cache where its rotary factors change)."""

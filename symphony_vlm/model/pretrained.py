@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import ModelOutput
 
 from symphony_vlm.errors import InputError
-from symphony_vlm.model.loss import training_loss
+from symphony_vlm.model.loss import only_supervised_logits, targets_of, training_loss
 from symphony_vlm.moe.recording import RoutingRecorder, sparse_layers
 
 __all__ = ["SymphonyOutput", "SymphonyPreTrainedModel"]
@@ -20,7 +20,11 @@ __all__ = ["SymphonyOutput", "SymphonyPreTrainedModel"]
 
 @dataclass
 class SymphonyOutput(ModelOutput):
-    """Output of a model. `loss_parts` has the detached parts of the loss by name, see `loss.training_loss`."""
+    """Output of a model.
+
+    `logits` are ``[B, S, V]``, and None in training with labels, where only supervised positions get logits.
+    `loss_parts` has the detached parts of the loss by name, see `loss.training_loss`.
+    """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
@@ -50,27 +54,31 @@ class SymphonyPreTrainedModel(PreTrainedModel):
         "router.expert_graph.logits_EE",
     ]
 
-    def _output(
-        self, outputs: Any, labels: Tensor | None, ignore_index: int, num_items_in_batch: Tensor | int | None
+    def _run_language_model(
+        self,
+        labels: Tensor | None,
+        *,
+        ignore_index: int,
+        num_items_in_batch: Tensor | int | None,
+        **inputs: Any,
     ) -> SymphonyOutput:
         """The language model's output with the training loss, if there are labels."""
-        loss, parts = None, None
-        if labels is not None:
-            loss, parts = training_loss(
-                outputs.logits,
-                labels,
-                self.routing,
-                ignore_index=ignore_index,
-                num_items_in_batch=num_items_in_batch,
-            )
-        return SymphonyOutput(
-            loss=loss,
-            logits=outputs.logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            loss_parts=parts,
+        if labels is None:
+            return SymphonyOutput(**_known(self.language_model(**inputs)))
+        targets_BS = targets_of(labels, ignore_index)
+        supervised_BS = targets_BS != ignore_index
+        if self.training:
+            with only_supervised_logits(self.get_output_embeddings(), supervised_BS):
+                outputs = self.language_model(**inputs)
+            logits_NV, targets_N = outputs.logits[0], targets_BS[supervised_BS]
+            outputs.logits = None
+        else:
+            outputs = self.language_model(**inputs)
+            logits_NV, targets_N = outputs.logits.flatten(0, 1), targets_BS.flatten()
+        loss, parts = training_loss(
+            logits_NV, targets_N, self.routing, ignore_index=ignore_index, num_items_in_batch=num_items_in_batch
         )
+        return SymphonyOutput(**_known(outputs) | {"loss": loss, "loss_parts": parts})
 
     def get_input_embeddings(self) -> nn.Module:
         """The language model's token embedding."""
@@ -132,6 +140,12 @@ class SymphonyPreTrainedModel(PreTrainedModel):
             )
         _align_memory(model)
         return (model, info) if wants_info else model
+
+
+def _known(outputs: Any) -> dict[str, Any]:
+    """What `SymphonyOutput` passes on of the language model's output."""
+    names = ("logits", "past_key_values", "hidden_states", "attentions")
+    return {name: getattr(outputs, name) for name in names}
 
 
 def _align_memory(model: nn.Module) -> None:

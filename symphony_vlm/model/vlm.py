@@ -122,14 +122,16 @@ class SymphonyVLMForConditionalGeneration(SymphonyPreTrainedModel, GenerationMix
             )
         elif position_ids is None and attention_mask is not None and past_key_values is None:
             position_ids = position_ids_from_mask(attention_mask)
-        outputs = self.language_model(
+        return self._run_language_model(
+            labels,
+            ignore_index=self.config.ignore_index,
+            num_items_in_batch=num_items_in_batch,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             **kwargs,
         )
-        return self._output(outputs, labels, self.config.ignore_index, num_items_in_batch)
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
         """Projected features of images: ``[N, 3, H, W] -> [N, P, D]``."""

@@ -82,7 +82,7 @@ class StageTrainer(Trainer):
             groups = parameter_groups(model or self.model, self._rates, self.args.weight_decay)
             betas = (self.args.adam_beta1, self.args.adam_beta2)
             self.optimizer = torch.optim.AdamW(
-                groups, lr=self.args.learning_rate, betas=betas, eps=self.args.adam_epsilon
+                groups, lr=self.args.learning_rate, betas=betas, eps=self.args.adam_epsilon, fused=True
             )
         return self.optimizer
 

@@ -14,7 +14,7 @@ from transformers import AutoConfig, CLIPVisionConfig, SiglipVisionConfig
 
 import symphony_vlm as sv
 from symphony_vlm.model.configuration import SymphonyVLMConfig
-from symphony_vlm.model.loss import training_loss
+from symphony_vlm.model.loss import targets_of, training_loss
 from symphony_vlm.model.vision import VisionConfig, build_vision_tower
 from symphony_vlm.model.vlm import SymphonyVLMForConditionalGeneration as Model
 from symphony_vlm.moe.configuration import MoEConfig
@@ -107,7 +107,8 @@ def test_the_logged_total_is_the_cross_entropy_plus_the_weighted_router_losses()
     batch = batch_of(model)
     out = model(**batch)
     parts = out.loss_parts
-    reference = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100)
+    logits = model.eval()(**batch).logits
+    reference = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100)
     torch.testing.assert_close(parts["cross_entropy"], reference)
     torch.testing.assert_close(parts["router"], 0.5 * parts["balance"] + 0.25 * parts["z"])
     torch.testing.assert_close(out.loss, parts["cross_entropy"] + parts["router"])
@@ -140,21 +141,49 @@ def test_micro_batches_with_the_steps_token_count_add_up_to_the_whole_batch() ->
     logits = torch.randn(3, 6, 5, generator=generator)
     labels = torch.randint(0, 5, (3, 6), generator=generator)
     labels[0, :5] = -100
-    whole, _ = training_loss(logits, labels, None, ignore_index=-100)
+    targets = targets_of(labels, -100)
+    whole, _ = training_loss(logits.flatten(0, 1), targets.flatten(), None, ignore_index=-100)
     total = int((labels[:, 1:] != -100).sum())
     pieces = [
-        training_loss(logits[i : i + 1], labels[i : i + 1], None, ignore_index=-100, num_items_in_batch=total)[0]
-        for i in range(3)
+        training_loss(logits[i], targets[i], None, ignore_index=-100, num_items_in_batch=total)[0] for i in range(3)
     ]
     torch.testing.assert_close(torch.stack(pieces).sum(), whole)
 
 
 def test_a_micro_batch_without_supervised_token_costs_nothing_and_is_no_division_by_zero() -> None:
-    logits = torch.randn(1, 4, 5, requires_grad=True)
-    loss, parts = training_loss(logits, torch.full((1, 4), -100), None, ignore_index=-100)
+    logits = torch.randn(4, 5, requires_grad=True)
+    loss, parts = training_loss(logits, torch.full((4,), -100), None, ignore_index=-100)
     loss.backward()
     assert loss.item() == parts["cross_entropy"].item() == 0.0
     assert logits.grad is not None and not logits.grad.any()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_logits_of_supervised_positions_alone_give_the_loss_and_gradients_of_all_logits(family: str) -> None:
+    """Gemma 2 caps its logits after the head. In evaluation mode all logits are computed, and the loss from them."""
+    model = build("open_clip", family, ROUTERS["symphony_smoe"])
+    batch = batch_of(model)
+    losses, gradients = [], []
+    for training in (True, False):
+        out = model.train(training)(**batch)
+        model.zero_grad()
+        out.loss.backward()
+        assert (out.logits is None) == training
+        losses.append(out.loss.detach())
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    # Sums over the same terms in another order: a few units of the last place of numbers around 1.
+    torch.testing.assert_close(losses[0], losses[1], atol=2e-6, rtol=0)
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], atol=2e-6, rtol=1e-4)
+
+
+def test_a_training_step_without_any_supervised_token_has_a_loss_of_the_routers_alone() -> None:
+    model = build("open_clip", "llama", ROUTERS["symphony_smoe"]).train()
+    batch = batch_of(model)
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    out = model(**batch)
+    out.loss.backward()
+    torch.testing.assert_close(out.loss.detach(), out.loss_parts["router"])
 
 
 def test_activation_checkpointing_of_the_whole_model_changes_nothing() -> None:
