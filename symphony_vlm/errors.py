@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 __all__ = ["InputError"]
 
 
@@ -24,3 +26,11 @@ class InputError(ValueError):
         text = f"{where}: {problem}" if where else problem
         sentence = text if text.endswith("?") else f"{text.rstrip('.')}."
         super().__init__(f"{sentence} {remedy}" if remedy else text)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exceptions are pickled by their text alone; this one crosses from worker processes with its parts.
+        return _rebuild, (self.problem, self.where, self.remedy)
+
+
+def _rebuild(problem: str, where: str | None, remedy: str | None) -> InputError:
+    return InputError(problem, where=where, remedy=remedy)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
+import multiprocessing
+import os
+import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 
@@ -30,7 +35,6 @@ def quickstart(recipe: Recipe, output: Path, routers: Sequence[str], *, console:
         The summary of ``--json``: paths, headline accuracies, seconds by part.
     """
     from symphony_vlm.evaluation.report import write_report
-    from symphony_vlm.evaluation.runner import EvaluationPlan, evaluate
     from symphony_vlm.training.run import train
 
     seconds: dict[str, float] = {}
@@ -41,38 +45,17 @@ def quickstart(recipe: Recipe, output: Path, routers: Sequence[str], *, console:
     start = output / "shared" / shared.stages[-1].name / "model"
     test = output / "shared" / "scenes" / "test.json"
 
-    headline: dict[str, Any] = {}
-    folders = []
-    baselines: list[dict[str, Any]] = []
-    for router in routers:
-        clock = time.monotonic()
-        run = output / router
-        train(_for_router(final, router, start, test.parent), run, console=console)
-        seconds[f"{router}: training"] = time.monotonic() - clock
-        clock = time.monotonic()
-        evaluation = recipe.evaluation
-        plan = EvaluationPlan(
-            model=str(run / "model"),
-            tasks=("scenes",),
-            data=test,
-            corruptions=tuple(evaluation.corruptions),
-            severities=tuple(evaluation.severities),
-            limit=evaluation.limit,
-            corrupted_limit=evaluation.corrupted_limit,
-            seed=recipe.seed,
-            batch_size=evaluation.batch_size,
-            max_new_tokens=evaluation.max_new_tokens,
-        )
-        folder = output / "evaluation" / router
-        summary = evaluate(plan, folder, console=console)
-        baselines = baselines or _text_only(shared, output / "shared", test, recipe.seed)
-        _add_baselines(folder / "results.json", baselines)
-        headline[router] = summary.headline
-        folders.append(folder)
-        seconds[f"{router}: evaluation"] = time.monotonic() - clock
     clock = time.monotonic()
+    recipes = [_for_router(final, router, start, test.parent) for router in routers]
+    headline = _train_and_evaluate_all(recipes, routers, output, test, console)
+    seconds["routers"] = time.monotonic() - clock
+    clock = time.monotonic()
+    folders = [output / "evaluation" / router for router in routers]
+    baselines = _text_only(shared, output / "shared", test, recipe.seed)
+    for folder in folders:
+        _add_baselines(folder / "results.json", baselines)
     report = write_report(folders, output)
-    seconds["report"] = time.monotonic() - clock
+    seconds["baselines and report"] = time.monotonic() - clock
     return {
         "results": str(output / "results.json"),
         "report": str(report),
@@ -80,6 +63,66 @@ def quickstart(recipe: Recipe, output: Path, routers: Sequence[str], *, console:
         "text_only": max(baseline["value"] for baseline in baselines),
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
     }
+
+
+def _train_and_evaluate_all(
+    recipes: Sequence[Recipe], routers: Sequence[str], output: Path, test: Path, console: Console
+) -> dict[str, Any]:
+    """Headline accuracies by router. Models this small use one core well and two badly: a process for each router."""
+    cores = os.cpu_count() or 1
+    workers = min(len(routers), cores)
+    console.print(f"{', '.join(routers)}: training and evaluation, {workers} at a time")
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        jobs = [
+            pool.submit(_train_and_evaluate, recipe, router, output, test, cores // workers, quiet=console.quiet)
+            for recipe, router in zip(recipes, routers, strict=True)
+        ]
+        return {router: job.result() for router, job in zip(routers, jobs, strict=True)}
+
+
+def _train_and_evaluate(
+    recipe: Recipe, router: str, output: Path, test: Path, threads: int, *, quiet: bool
+) -> dict[str, float | None]:
+    """One router's last stages and its evaluation, in a process of its own."""
+    import torch
+
+    from symphony_vlm.evaluation.runner import EvaluationPlan, evaluate
+    from symphony_vlm.training.run import train
+
+    torch.set_num_threads(threads)
+    # Lines rather than bars, which several processes would draw over each other.
+    console = Console(file=_Prefixed(sys.stderr, f"{router}: "), quiet=quiet, highlight=False, soft_wrap=True)
+    train(recipe, output / router, console=console)
+    evaluation = recipe.evaluation
+    plan = EvaluationPlan(
+        model=str(output / router / "model"),
+        tasks=("scenes",),
+        data=test,
+        corruptions=tuple(evaluation.corruptions),
+        severities=tuple(evaluation.severities),
+        limit=evaluation.limit,
+        corrupted_limit=evaluation.corrupted_limit,
+        seed=recipe.seed,
+        batch_size=evaluation.batch_size,
+        max_new_tokens=evaluation.max_new_tokens,
+    )
+    return evaluate(plan, output / "evaluation" / router, console=console).headline
+
+
+class _Prefixed(io.TextIOBase):
+    """A text stream that begins every line with a prefix."""
+
+    def __init__(self, stream: TextIO, prefix: str) -> None:
+        self._stream = stream
+        self._prefix = prefix
+
+    def write(self, text: str) -> int:
+        lines = text.splitlines(keepends=True)
+        self._stream.write("".join(self._prefix + line if line.strip() else line for line in lines))
+        return len(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
 
 
 def _split_at_upcycling(recipe: Recipe) -> tuple[Recipe, Recipe]:

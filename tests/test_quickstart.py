@@ -78,16 +78,31 @@ def test_what_the_words_alone_score_is_a_baseline_of_both(made: tuple[Path, dict
 
 
 def test_running_again_trains_and_answers_nothing_and_says_the_same(
-    recipe: Recipe, made: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    recipe: Recipe, made: tuple[Path, dict[str, Any]]
 ) -> None:
     output, summary = made
+    patterns = ("**/model/*.safetensors", "**/log.jsonl", "**/predictions/*.jsonl")
 
-    def refuse(*_: Any, **__: Any) -> None:
-        raise AssertionError("nothing is left to train")
+    def written() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for pattern in patterns for path in output.glob(pattern)}
 
-    monkeypatch.setattr("symphony_vlm.training.stages.run_stage", refuse)
+    before = written()
     again = quickstart(recipe, output, ROUTERS, console=Console(quiet=True))
     assert {**again, "seconds": None} == {**summary, "seconds": None}
+    assert len(before) > 8 and written() == before
+
+
+def test_a_fault_in_a_routers_process_reaches_the_caller(recipe: Recipe, made: tuple[Path, dict[str, Any]]) -> None:
+    output, _ = made
+    manifest = output / "evaluation" / "symphony_smoe" / "manifest.json"
+    text = manifest.read_text()
+    manifest.write_text(json.dumps(json.loads(text) | {"limit": 8}))
+    try:
+        with pytest.raises(InputError, match="holds another evaluation; it differs in limit") as caught:
+            quickstart(recipe, output, ROUTERS, console=Console(quiet=True))
+    finally:
+        manifest.write_text(text)
+    assert caught.value.where == str(manifest.parent) and caught.value.remedy == "Give another --output."
 
 
 def test_a_recipe_with_nothing_before_the_upcycling_is_refused(recipe: Recipe, tmp_path: Path) -> None:
