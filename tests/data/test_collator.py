@@ -26,6 +26,7 @@ def _encoded(ids: list[int], labels: list[int], *images: int) -> EncodedSample:
         "input_ids": np.asarray(ids, dtype=np.int32),
         "labels": np.asarray(labels, dtype=np.int32),
         "images": [np.full((2, 2, 3), value, dtype=np.uint8) for value in images],
+        "image_sizes": [(2, 2) for _ in images],
     }
 
 
