@@ -46,9 +46,7 @@ class TileGrid:
         wrong = [list(size) for size in self.pinpoints if len(size) != 2 or any(not self._is_whole(s) for s in size)]
         if wrong or not self.pinpoints:
             raise InputError(
-                f"{wrong[0]} is no height and width in whole tiles of {self.tile_size}"
-                if wrong
-                else "no size is given",
+                f"{wrong[0]} is not made of whole tiles of {self.tile_size}" if wrong else "no size is given",
                 where="grid_pinpoints",
                 remedy=f"Give multiples of the encoder's image size, as {llava_next_pinpoints(self.tile_size)}.",
             )

@@ -146,7 +146,15 @@ class SymphonyImageProcessor(BaseImageProcessor):
         assert self.preprocessing is not None
         if crops(self.preprocessing):
             image = _without_far_ends(image, self.image_size)
-        pixels = encoder_geometry(self.preprocessing)(image)
+        geometry = encoder_geometry(self.preprocessing)
+        try:
+            pixels = geometry(image)
+        except ValueError as error:
+            raise InputError(
+                f"the encoder's own preprocessing cannot prepare an image of {image.width} x {image.height}: {error}",
+                where="resize_mode",
+                remedy="Use resize_mode: pad, crop or stretch, or leave the image out.",
+            ) from error
         if pixels.shape != (self.image_size, self.image_size, 3) or pixels.dtype != np.uint8:
             raise InputError(
                 f"the encoder's own preprocessing gives {pixels.dtype} {pixels.shape}, not squares of "

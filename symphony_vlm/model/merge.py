@@ -64,7 +64,7 @@ def images_of_rows(placeholders_per_row: Sequence[int], tokens_per_image: Sequen
     Raises:
         ValueError: no whole number of images fills a row.
     """
-    rows = []
+    rows: list[range] = []
     start = 0
     for wanted in placeholders_per_row:
         stop, taken = start, 0
