@@ -58,8 +58,7 @@ def test_pad_is_llavas(size: int) -> None:
         assert torch.equal(ours(image, image_size=size), expected), (width, height)
 
 
-@pytest.mark.parametrize("size", [64, 224])
-@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize(("size", "interpolation"), [(64, "bicubic"), (65, "bilinear"), (224, "bicubic")])
 def test_crop_is_that_of_clip_in_transformers(size: int, interpolation: str) -> None:
     reference = CLIPImageProcessorPil(
         size={"shortest_edge": size},
@@ -127,7 +126,12 @@ def test_mode_encoder_runs_open_clips_transform(cfg: dict[str, Any], tmp_path: P
     reference = image_transform(48, is_train=False, mean=MEAN, std=STD, fill_color=7, **cfg)
     for width, height in SIZES:
         image = noise(width, height)
-        expected = reference(image)
+        try:
+            expected = reference(image)
+        except ValueError:  # open_clip's longest makes a long strip nothing high
+            with pytest.raises(InputError, match=f"cannot prepare an image of {width} x {height}"):
+                processor(image)
+            continue
         for candidate in (processor, again):
             assert torch.equal(candidate(image)["pixel_values"][0], expected), (width, height)
 
@@ -175,8 +179,17 @@ def test_mode_encoder_refuses_what_gives_no_square_and_what_is_unknown() -> None
         SymphonyImageProcessor(16, resize_mode="encoder")
 
 
-@pytest.mark.parametrize("shape", [(20_000, 1), (1, 20_000)])
-@pytest.mark.parametrize("mode", ["pad", "crop", "stretch", "encoder", "anyres"])
+@pytest.mark.parametrize(
+    ("mode", "shape"),
+    [
+        ("pad", (1, 20_000)),
+        ("crop", (20_000, 1)),
+        ("crop", (2, 40_000)),
+        ("stretch", (20_000, 1)),
+        ("encoder", (20_000, 1)),
+        ("anyres", (1, 20_000)),
+    ],
+)
 def test_an_absurd_shape_is_prepared_without_gigabytes(
     mode: Any, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
