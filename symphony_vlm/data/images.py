@@ -76,11 +76,7 @@ def load_image(ref: ImageRef, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
             raise
         # Pillow's decoders meet damaged data with almost any exception (struct.error, IndexError, SyntaxError ...).
         except Exception as error:
-            raise InputError(
-                f"the {image.format} data ({_size(stream):,} bytes) is truncated or damaged: {_describe(error)}",
-                where=_where(ref),
-                remedy=_REPLACE,
-            ) from error
+            raise _damaged(ref, image, stream, error) from error
 
 
 def image_size(ref: ImageRef, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
@@ -92,7 +88,12 @@ def image_size(ref: ImageRef, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int
     with _open_stream(ref) as stream, _strict_decoding():
         image = _open_header(stream, ref)
         _check_size(image, ref, max_pixels)
-        return upright_size(image)
+        try:
+            return upright_size(image)
+        except MemoryError:
+            raise
+        except Exception as error:
+            raise _damaged(ref, image, stream, error) from error
 
 
 def image_bytes(ref: ImageRef) -> bytes:
@@ -241,6 +242,14 @@ def _open_header(stream: BinaryIO, ref: ImageRef) -> Image.Image:
             f"is {image.format}, a drawing program rather than pixels", where=_where(ref), remedy="Convert it to PNG."
         )
     return image
+
+
+def _damaged(ref: ImageRef, image: Image.Image, stream: BinaryIO, error: Exception) -> InputError:
+    return InputError(
+        f"the {image.format} data ({_size(stream):,} bytes) is truncated or damaged: {_describe(error)}",
+        where=_where(ref),
+        remedy=_REPLACE,
+    )
 
 
 def _check_size(image: Image.Image, ref: ImageRef, max_pixels: int) -> None:
