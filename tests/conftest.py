@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -40,7 +40,9 @@ def make_tiny_tokenizer() -> PreTrainedTokenizerFast:
     return train_tokenizer(texts * 20, vocab_size=400, special_tokens=markers, end_token=template.answer_end)
 
 
-def make_tiny_model(*, moe: MoEConfig | None = None, seed: int = 0) -> SymphonyVLMForConditionalGeneration:
+def make_tiny_model(
+    *, moe: MoEConfig | None = None, seed: int = 0, resize_mode: Any = "pad", scales: tuple[int, ...] = (1,)
+) -> SymphonyVLMForConditionalGeneration:
     """A random model in evaluation mode with its processor, upcycled if `moe` is given."""
     import torch
     from transformers import AutoConfig
@@ -52,15 +54,15 @@ def make_tiny_model(*, moe: MoEConfig | None = None, seed: int = 0) -> SymphonyV
     from symphony_vlm.model.vlm import SymphonyVLMForConditionalGeneration
 
     tokenizer = make_tiny_tokenizer()
-    processor = SymphonyVLMProcessor(
-        SymphonyImageProcessor(image_size=IMAGE_SIZE), tokenizer, num_image_tokens=NUM_IMAGE_TOKENS, template="compact"
-    )
+    images = SymphonyImageProcessor(image_size=IMAGE_SIZE * scales[-1], resize_mode=resize_mode)
+    processor = SymphonyVLMProcessor(images, tokenizer, num_image_tokens=NUM_IMAGE_TOKENS, template="compact")
     tower = {"image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE, "width": 32, "layers": 2, "head_width": 16}
     vision = VisionConfig(
         backend="open_clip",
         architecture={"embed_dim": 32, "vision_cfg": tower},
         image_size=IMAGE_SIZE,
         feature_layer=-1,
+        scales=scales,
     )
     text = AutoConfig.for_model(
         "qwen3",
@@ -81,6 +83,7 @@ def make_tiny_model(*, moe: MoEConfig | None = None, seed: int = 0) -> SymphonyV
         text_config=text,
         image_token_id=processor.image_token_id,
         num_image_tokens=NUM_IMAGE_TOKENS,
+        grid_pinpoints=images.grid_pinpoints,
     )
     # A private random state: building a model must not disturb the test's own seed.
     with torch.random.fork_rng(devices=[]):

@@ -5,10 +5,12 @@ Every key is checked: an unknown one is an error that names the nearest valid ke
 
 from __future__ import annotations
 
+import itertools
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from symphony_vlm.data.images import MAX_PIXELS
 from symphony_vlm.text import nearest
 
 __all__ = [
@@ -27,8 +29,10 @@ DataRole = Literal["train", "captions"]
 Schedule = Literal[
     "constant", "constant_with_warmup", "cosine", "cosine_with_restarts", "inverse_sqrt", "linear", "polynomial"
 ]
+MAX_SCALE = 8
+"""A tower at scale 8 sees 64 tiles of every image."""
 Severity = Annotated[int, Field(ge=1, le=5)]
-MODULES = ("vision_tower", "projector", "language_model")
+MODULES = ("vision_tower", "projector", "language_model", "image_newline")
 
 
 class _Schema(BaseModel):
@@ -47,12 +51,36 @@ class VisionSource(_Schema):
     """A new open_clip model: ``{embed_dim, vision_cfg, text_cfg}``; trained by the ``contrastive`` stage, if any."""
     feature_layer: int = -2
     feature_select: Literal["patch", "cls_patch"] = "patch"
-    resize_mode: Literal["pad", "crop", "stretch"] = "pad"
+    resize_mode: Literal["pad", "crop", "stretch", "encoder", "anyres"] = "pad"
+    """How any image becomes what the tower takes (``docs/images.md``): padded with the mean colour, cropped to its
+    middle, stretched, as the pretrained encoder's own preprocessing does it, or in tiles."""
+    grid_pinpoints: list[tuple[int, int]] | None = None
+    """For ``anyres``: heights and widths in pixels, multiples of the encoder's size; default: LLaVA-NeXT's five."""
+    scales: list[int] = [1]
+    """Sizes, in units of the encoder's, at which it looks at every image: ``[1, 3]`` in CuMo and LibMoE."""
 
     @model_validator(mode="after")
     def _one_source(self) -> VisionSource:
         if (self.name is None) == (self.architecture is None):
             raise ValueError("give either 'name' (a pretrained tower) or 'architecture' (a new one)")
+        return self
+
+    @model_validator(mode="after")
+    def _one_view(self) -> VisionSource:
+        if self.scales[:1] != [1] or any(a >= b for a, b in itertools.pairwise(self.scales)):
+            raise ValueError(f"'scales' must ascend from 1, got {self.scales}")
+        if self.scales[-1] > MAX_SCALE:
+            raise ValueError(f"'scales' goes up to {MAX_SCALE}, got {self.scales}")
+        if self.resize_mode in ("anyres", "encoder") and self.scales != [1]:
+            raise ValueError(f"'scales' needs resize_mode pad, crop or stretch, not {self.resize_mode}")
+        if self.resize_mode == "encoder" and self.name is None:
+            raise ValueError("'resize_mode: encoder' is the preprocessing of a pretrained tower: it needs 'name'")
+        if self.resize_mode == "anyres" and self.feature_select != "patch":
+            raise ValueError("'resize_mode: anyres' arranges patches: it needs feature_select patch")
+        if self.grid_pinpoints is not None and self.resize_mode != "anyres":
+            raise ValueError(f"'grid_pinpoints' belongs to resize_mode anyres, not {self.resize_mode}")
+        if self.grid_pinpoints is not None and not self.grid_pinpoints:
+            raise ValueError("'grid_pinpoints' is empty; leave it out for LLaVA-NeXT's five")
         return self
 
 
@@ -111,6 +139,8 @@ class DataConfig(_Schema):
     on_bad_sample: Literal["error", "skip"] = "error"
     check_images: bool = True
     """Whether every image is decoded before training starts."""
+    max_pixels: int = Field(default=MAX_PIXELS, gt=0, le=MAX_PIXELS)
+    """Width times height above which an image counts as broken, by its header."""
 
 
 class StageConfig(_Schema):

@@ -1,6 +1,6 @@
 """From samples to padded batches.
 
-Shape letters: B batch, S longest sequence, N images in the batch.
+Shape letters: B batch, S longest sequence, N images in the batch, T tiles of them (one an image, but with anyres).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -27,7 +28,9 @@ class EncodedSample(TypedDict):
     input_ids: np.ndarray
     labels: np.ndarray
     images: list[np.ndarray]
-    """uint8 squares in placeholder order."""
+    """Prepared images in placeholder order: uint8 squares, or the tiles of an image, ``[tiles, size, size, 3]``."""
+    image_sizes: list[tuple[int, int]]
+    """Height and width of each image before it was prepared."""
 
 
 class ConversationDataset(Dataset[EncodedSample]):
@@ -36,7 +39,9 @@ class ConversationDataset(Dataset[EncodedSample]):
     Args:
         samples: any sequence of samples.
         encode: tokenises one sample.
-        to_square: the geometric part of image preparation, to a uint8 ``[size, size, 3]`` array.
+        to_square: the geometric part of image preparation, to a uint8 ``[size, size, 3]`` or
+            ``[tiles, size, size, 3]`` array.
+        load: opens an image.
         cache_bytes: how much memory prepared images and tokens may take; later epochs read them from there.
     """
 
@@ -46,13 +51,16 @@ class ConversationDataset(Dataset[EncodedSample]):
         *,
         encode: Callable[[Sample], EncodedConversation],
         to_square: Callable[[Any], np.ndarray],
+        load: Callable[[ImageRef], Image.Image] = load_image,
         cache_bytes: int = 2**30,
     ) -> None:
         self._samples = samples
         self._encode = encode
         self._to_square = to_square
+        self._load = load
         self._budget = cache_bytes
         self._images: dict[str, np.ndarray] = {}
+        self._sizes: dict[str, tuple[int, int]] = {}
         self._tokens: dict[int, tuple[np.ndarray, np.ndarray, tuple[int, ...]]] = {}
 
     def __len__(self) -> int:
@@ -61,7 +69,9 @@ class ConversationDataset(Dataset[EncodedSample]):
     def __getitem__(self, index: int) -> EncodedSample:
         sample = self._samples[index]
         ids, labels, order = self._encoded(index, sample)
-        return {"input_ids": ids, "labels": labels, "images": [self._square(sample.images[i]) for i in order]}
+        prepared = [self._square(sample.images[i]) for i in order]
+        images, sizes = [image for image, _ in prepared], [size for _, size in prepared]
+        return {"input_ids": ids, "labels": labels, "images": images, "image_sizes": sizes}
 
     def _encoded(self, index: int, sample: Sample) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
         if index not in self._tokens:
@@ -72,14 +82,15 @@ class ConversationDataset(Dataset[EncodedSample]):
             self._tokens[index] = (ids, labels, encoded.image_order)
         return self._tokens[index]
 
-    def _square(self, ref: ImageRef) -> np.ndarray:
+    def _square(self, ref: ImageRef) -> tuple[np.ndarray, tuple[int, int]]:
         key = image_key(ref)
         if key not in self._images:
-            square = self._to_square(load_image(ref))
+            image = self._load(ref)
+            square, size = self._to_square(image), (image.height, image.width)
             if not self._take(square.nbytes):
-                return square
-            self._images[key] = square
-        return self._images[key]
+                return square, size
+            self._images[key], self._sizes[key] = square, size
+        return self._images[key], self._sizes[key]
 
     def _take(self, num_bytes: int) -> bool:
         if self._budget < num_bytes:
@@ -94,13 +105,14 @@ class ConversationCollator:
 
     pad_token_id: int
     normalize: Callable[[list[np.ndarray]], Tensor]
-    """uint8 squares to ``[N, 3, H, W]``."""
+    """Prepared images to ``[T, 3, H, W]``."""
     independent_turns_after: int | None = None
     """The image token, if the turns after a record's image are separate questions; see `turn_ids`."""
 
     def __call__(self, samples: Sequence[EncodedSample]) -> dict[str, Tensor]:
         """``input_ids``, ``labels``, ``attention_mask`` ``[B, S]`` and, if there are images, ``pixel_values``.
 
+        Where the images are tiles also ``image_sizes`` ``[N, 2]``.
         With independent turns also ``turn_ids`` ``[B, S]``.
         """
         longest = max(len(sample["input_ids"]) for sample in samples)
@@ -118,6 +130,9 @@ class ConversationCollator:
         images = [image for sample in samples for image in sample["images"]]
         if images:
             batch["pixel_values"] = self.normalize(images)
+            if images[0].ndim == 4:
+                sizes = [size for sample in samples for size in sample["image_sizes"]]
+                batch["image_sizes"] = torch.tensor(sizes)
         return batch
 
 

@@ -19,17 +19,19 @@ from typing import BinaryIO, TypeAlias
 
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from symphony_vlm.data.pixels import to_upright_rgb
+from symphony_vlm.data.pixels import to_upright_rgb, upright_size
 from symphony_vlm.data.sample import ImageRef
 from symphony_vlm.errors import InputError
 
 __all__ = [
     "MAX_PIXELS",
+    "MAX_SIDE",
     "ImageLike",
     "check_image_present",
     "image_bytes",
     "image_from_base64",
     "image_key",
+    "image_size",
     "load_image",
     "open_image",
 ]
@@ -37,6 +39,10 @@ __all__ = [
 MAX_PIXELS = 178_956_970
 """Pillow refuses more than this (about 0.5 GB of RGB) as a decompression bomb; a larger limit has no effect."""
 
+MAX_SIDE = 65_535
+"""JPEG's own limit. A picture of one line and millions of columns is small, but not what is made of it."""
+
+_REDUCE = "Resize it (vision encoders see a few hundred pixels a side), or leave the record out (on_bad_sample: skip)."
 _REPLACE = "Replace the file, or leave the record out (on_bad_sample: skip)."
 
 # Pillow decodes these by running other programs or drawing commands; a data set or an upload must not be able to.
@@ -48,7 +54,8 @@ def load_image(ref: ImageRef, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
     Args:
         ref: The image; its bytes win over its path if it has both.
-        max_pixels: Width times height above which the image is refused by its header, before anything is decoded.
+        max_pixels: Width times height above which the image is refused by its header, before anything is decoded. So
+            is one with a side above `MAX_SIDE`; within these limits any aspect ratio is good.
 
     Returns:
         A new RGB image without metadata (so that nobody can apply the EXIF orientation a second time).
@@ -59,8 +66,7 @@ def load_image(ref: ImageRef, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """
     with _open_stream(ref) as stream, _strict_decoding():
         image = _open_header(stream, ref)
-        if image.width * image.height > max_pixels:
-            raise _too_large(ref, f"{image.width} x {image.height} = {image.width * image.height:,}", max_pixels)
+        _check_size(image, ref, max_pixels)
         try:
             image.load()
             return to_upright_rgb(image)
@@ -70,11 +76,24 @@ def load_image(ref: ImageRef, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
             raise
         # Pillow's decoders meet damaged data with almost any exception (struct.error, IndexError, SyntaxError ...).
         except Exception as error:
-            raise InputError(
-                f"the {image.format} data ({_size(stream):,} bytes) is truncated or damaged: {_describe(error)}",
-                where=_where(ref),
-                remedy=_REPLACE,
-            ) from error
+            raise _damaged(ref, image, stream, error) from error
+
+
+def image_size(ref: ImageRef, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Height and width of what `load_image` returns, read from the header (of PNG without EXIF: after decoding).
+
+    Raises:
+        InputError: Missing, empty, not an image, or too large, as in `load_image`.
+    """
+    with _open_stream(ref) as stream, _strict_decoding():
+        image = _open_header(stream, ref)
+        _check_size(image, ref, max_pixels)
+        try:
+            return upright_size(image)
+        except MemoryError:
+            raise
+        except Exception as error:
+            raise _damaged(ref, image, stream, error) from error
 
 
 def image_bytes(ref: ImageRef) -> bytes:
@@ -225,12 +244,30 @@ def _open_header(stream: BinaryIO, ref: ImageRef) -> Image.Image:
     return image
 
 
+def _damaged(ref: ImageRef, image: Image.Image, stream: BinaryIO, error: Exception) -> InputError:
+    return InputError(
+        f"the {image.format} data ({_size(stream):,} bytes) is truncated or damaged: {_describe(error)}",
+        where=_where(ref),
+        remedy=_REPLACE,
+    )
+
+
+def _check_size(image: Image.Image, ref: ImageRef, max_pixels: int) -> None:
+    if image.width * image.height > max_pixels:
+        raise _too_large(ref, f"{image.width} x {image.height} = {image.width * image.height:,}", max_pixels)
+    if max(image.size) > MAX_SIDE:
+        raise InputError(
+            f"has {image.width:,} x {image.height:,} pixels; the limit is {MAX_SIDE:,} a side",
+            where=_where(ref),
+            remedy=_REDUCE,
+        )
+
+
 def _too_large(ref: ImageRef, found: str, max_pixels: int) -> InputError:
     return InputError(
         f"has {found} pixels; the limit is {max_pixels:,}",
         where=_where(ref),
-        remedy="Resize it (vision encoders see a few hundred pixels a side), or leave the record out "
-        "(on_bad_sample: skip).",
+        remedy=_REDUCE,
     )
 
 

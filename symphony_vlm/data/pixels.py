@@ -15,7 +15,7 @@ from PIL import ExifTags, Image
 
 from symphony_vlm.errors import InputError
 
-__all__ = ["to_upright_rgb"]
+__all__ = ["to_upright_rgb", "upright_size"]
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -42,6 +42,13 @@ def to_upright_rgb(image: Image.Image) -> Image.Image:
     upright = rgb if transpose is None else rgb.transpose(transpose)
     upright.info.clear()
     return upright
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Height and width of `to_upright_rgb`'s result, of an image that need not be decoded."""
+    # Pillow turns TIFF itself, and says so in the size before the pixels are there and in the metadata only after.
+    on_its_side = image.format != "TIFF" and _orientation(image) in (5, 6, 7, 8)
+    return (image.width, image.height) if on_its_side else (image.height, image.width)
 
 
 def _orientation(image: Image.Image) -> int:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
-from symphony_vlm.data.images import check_image_present, image_key, load_image
+from symphony_vlm.data.images import MAX_PIXELS, check_image_present, image_key, load_image
 from symphony_vlm.data.sample import ImageRef, Sample
 from symphony_vlm.errors import InputError
 
@@ -48,6 +49,7 @@ def check_samples(
     *,
     on_bad_sample: Literal["error", "skip"] = "error",
     decode_images: bool = True,
+    max_pixels: int = MAX_PIXELS,
     progress: Callable[[int, int], None] | None = None,
 ) -> PreflightReport:
     """Read every record and decode every distinct image once.
@@ -57,12 +59,13 @@ def check_samples(
         on_bad_sample: ``error`` raises if any record has a fault; ``skip`` reports them and leaves them out of
             `PreflightReport.usable`.
         decode_images: Without it images are only looked for (present and not empty).
+        max_pixels: Of `load_image`, which decodes them.
         progress: Called after each record with the number done and the number of all.
 
     Raises:
         InputError: Faults under ``error`` (the first five and the number of all), or no record left under ``skip``.
     """
-    check = load_image if decode_images else check_image_present
+    check = partial(load_image, max_pixels=max_pixels) if decode_images else check_image_present
     verdicts: dict[str, str | None] = {}
     faults: list[Fault] = []
     usable: list[int] = []

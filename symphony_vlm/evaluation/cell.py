@@ -129,13 +129,13 @@ def _picture(ref: Any, cell: Cell) -> _Picture:
     return _Picture(key, pixels)
 
 
-def _features(pictures: dict[str, list[_Picture]], predictor: Predictor) -> dict[str, Tensor | None]:
+def _features(pictures: dict[str, list[_Picture]], predictor: Predictor) -> dict[str, list[Tensor] | None]:
     """Features of each item's images, all pictures encoded together."""
     flat = [picture.pixels for group in pictures.values() for picture in group]
     if not flat:
         return dict.fromkeys(pictures)
     encoded = predictor.encode_images(flat)
-    result: dict[str, Tensor | None] = {}
+    result: dict[str, list[Tensor] | None] = {}
     position = 0
     for key, group in pictures.items():
         result[key] = encoded[position : position + len(group)] if group else None

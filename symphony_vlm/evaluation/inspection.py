@@ -159,12 +159,13 @@ def measure_load(
         samples,
         encode=lambda sample: processor.encode(
             sample.messages,
+            num_image_tokens=processor.count_tokens_of_files(sample.images),
             max_length=model.config.text_config.max_position_embeddings,
             origin=sample.origin,
         ),
-        to_square=lambda image: np.asarray(images.to_square(image)),
+        to_square=images.prepare,
     )
-    collate = ConversationCollator(processor.tokenizer.pad_token_id, lambda squares: images(squares)["pixel_values"])
+    collate = ConversationCollator(processor.tokenizer.pad_token_id, images.normalize)
     console = console or Console(stderr=True)
     statistics = LoadStatistics()
     starts = range(0, len(dataset), batch_size)

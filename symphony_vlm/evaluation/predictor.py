@@ -32,24 +32,20 @@ class Predictor:
         self._max_new_tokens = max_new_tokens
 
     @torch.no_grad()
-    def encode_images(self, images: Sequence[np.ndarray]) -> Tensor:
-        """Projected features of uint8 ``[H, W, 3]`` images, ``[N, P, D]``."""
-        batches = [
-            self._model.get_image_features(
-                self._processor.image_processor(list(images[i : i + self._batch_size]))["pixel_values"].to(
-                    self._model.device
-                )
-            )
-            for i in range(0, len(images), self._batch_size)
-        ]
-        return torch.cat(batches)
+    def encode_images(self, images: Sequence[np.ndarray]) -> list[Tensor]:
+        """Features of uint8 ``[H, W, 3]`` images as the language model reads them, ``[n_i, D]`` each."""
+        features: list[Tensor] = []
+        for start in range(0, len(images), self._batch_size):
+            inputs = self._processor.image_processor(list(images[start : start + self._batch_size]))
+            features += self._model.get_image_features(**inputs.to(self._model.device))
+        return features
 
-    def answer(self, items: Sequence[EvaluationItem], features: Sequence[Tensor | None]) -> list[str]:
+    def answer(self, items: Sequence[EvaluationItem], features: Sequence[Sequence[Tensor] | None]) -> list[str]:
         """One answer per item.
 
         Args:
             items: questions.
-            features: for each item the features of its images in order, ``[N, P, D]``, or None.
+            features: for each item the features of its images in order, or None.
         """
         # Batches of equal length waste no padding; the answers return to the order of the items.
         order = sorted(range(len(items)), key=lambda i: len(items[i].question))
@@ -62,13 +58,14 @@ class Predictor:
         return answers
 
     @torch.no_grad()
-    def _answer_batch(self, items: Sequence[EvaluationItem], features: Sequence[Tensor | None]) -> list[str]:
-        inputs: dict[str, Any] = self._processor.encode_prompts([item.messages for item in items])
+    def _answer_batch(self, items: Sequence[EvaluationItem], features: Sequence[Sequence[Tensor] | None]) -> list[str]:
+        present = [image for images in features for image in images or ()]
+        counts = [None if images is None else [len(image) for image in images] for images in features]
+        inputs: dict[str, Any] = self._processor.encode_prompts([item.messages for item in items], counts)
         inputs = {name: tensor.to(self._model.device) for name, tensor in inputs.items()}
-        present = [f for f in features if f is not None]
         ids = self._model.generate(
             **inputs,
-            image_features=torch.cat(present) if present else None,
+            image_features=present or None,
             max_new_tokens=self._max_new_tokens,
             do_sample=False,
         )

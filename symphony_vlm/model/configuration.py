@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 from transformers.configuration_utils import PreTrainedConfig
@@ -82,7 +83,9 @@ class SymphonyVLMConfig(_AroundLanguageModel):
         moe: settings of the sparse layers, see `symphony_vlm.moe.configuration.MoEConfig`; None: a dense model.
         projector: ``linear`` or ``mlp2x_gelu`` (LLaVA-1.5).
         image_token_id: the placeholder's id in ``input_ids``; each image takes `num_image_tokens` of them.
-        num_image_tokens: features per image.
+        num_image_tokens: features per image; where images become tiles, of one tile.
+        grid_pinpoints: makes images tiles (*anyres*): the heights and widths in pixels to choose from, see
+            `symphony_vlm.model.anyres`. The processor's setting must be the same.
         ignore_index: the label that the loss leaves out.
     """
 
@@ -96,6 +99,7 @@ class SymphonyVLMConfig(_AroundLanguageModel):
         projector: Literal["linear", "mlp2x_gelu"] = "mlp2x_gelu",
         image_token_id: int = 0,
         num_image_tokens: int = 0,
+        grid_pinpoints: Sequence[Sequence[int]] | None = None,
         ignore_index: int = -100,
         **kwargs: Any,
     ) -> None:
@@ -112,6 +116,7 @@ class SymphonyVLMConfig(_AroundLanguageModel):
         self.projector = projector
         self.image_token_id = image_token_id
         self.num_image_tokens = num_image_tokens
+        self.grid_pinpoints = None if grid_pinpoints is None else [list(size) for size in grid_pinpoints]
         self.ignore_index = ignore_index
         super().__init__(**kwargs)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +11,8 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
 from symphony_vlm.data.conversation import EncodedConversation, encode_conversation, get_template
-from symphony_vlm.data.images import ImageLike, open_image
-from symphony_vlm.data.sample import Message
+from symphony_vlm.data.images import ImageLike, image_size, open_image
+from symphony_vlm.data.sample import ImagePart, ImageRef, Message
 from symphony_vlm.data.tokenizer import IMAGE_TOKEN
 from symphony_vlm.errors import InputError
 from symphony_vlm.model.merge import position_ids_from_mask
@@ -27,7 +27,7 @@ class SymphonyVLMProcessor(ProcessorMixin):
     Args:
         image_processor: prepares images.
         tokenizer: knows ``<image>`` and the template's markers.
-        num_image_tokens: placeholders per image.
+        num_image_tokens: placeholders per image; where images become tiles, of one tile.
         template: name of a built-in conversation template.
     """
 
@@ -50,6 +50,19 @@ class SymphonyVLMProcessor(ProcessorMixin):
         """Id of the placeholder."""
         token_id: int = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         return token_id
+
+    def count_image_tokens(self, image_sizes: Sequence[tuple[int, int]]) -> list[int]:
+        """Placeholders for images of these heights and widths (as shown, the EXIF orientation applied)."""
+        grid = self.image_processor.tile_grid
+        if grid is None:
+            return [self.num_image_tokens] * len(image_sizes)
+        return [grid.num_tokens(size, self.num_image_tokens) for size in image_sizes]
+
+    def count_tokens_of_files(self, images: Sequence[ImageRef]) -> list[int] | None:
+        """`count_image_tokens` of images that are not open, by their headers; None if no size matters."""
+        if self.image_processor.tile_grid is None:
+            return None
+        return self.count_image_tokens([image_size(ref) for ref in images])
 
     def __call__(
         self,
@@ -76,30 +89,70 @@ class SymphonyVLMProcessor(ProcessorMixin):
         kwargs = {name: value for name, value in kwargs.items() if name not in ("videos", "audio")}
         wants_replacements = kwargs.pop("return_text_replacement_offsets", False)
         options = {"return_tensors": "pt", "padding": len(texts) > 1, "add_special_tokens": False} | kwargs
+        opened = [open_image(image) for image in flat]
+        counts = iter(self.count_image_tokens([(image.height, image.width) for image in opened]))
+        marks_of_texts = [_marks(item, counts) for item in texts]
         # Generation continues at the end of every row, so the padding stands on the left.
-        expanded = [item.replace(IMAGE_TOKEN, IMAGE_TOKEN * self.num_image_tokens) for item in texts]
+        expanded = [_expand(item, marks) for item, marks in zip(texts, marks_of_texts, strict=True)]
         inputs = dict(self.tokenizer(expanded, **({"padding_side": "left"} | options)))
         inputs.pop("token_type_ids", None)
         if wants_replacements:
-            inputs["text_replacement_offsets"] = [_replacements(item, self.num_image_tokens) for item in texts]
-        if flat:
-            inputs["pixel_values"] = self.image_processor([open_image(image) for image in flat])["pixel_values"]
+            inputs["text_replacement_offsets"] = [_replacements(marks) for marks in marks_of_texts]
+        if opened:
+            inputs.update(self.image_processor(opened))
         return BatchFeature(inputs)
 
-    def encode(self, messages: Sequence[Message], *, template: str | None = None, **kwargs: Any) -> EncodedConversation:
-        """Ids and labels of one conversation, see `data.conversation.encode_conversation`."""
+    def encode(
+        self,
+        messages: Sequence[Message],
+        *,
+        template: str | None = None,
+        num_image_tokens: Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> EncodedConversation:
+        """Ids and labels of one conversation, see `data.conversation.encode_conversation`.
+
+        Args:
+            messages: the turns.
+            template: instead of the processor's own.
+            num_image_tokens: of each of the sample's images (`count_image_tokens`); needed where images become tiles.
+            kwargs: for `encode_conversation`.
+
+        Raises:
+            InputError: see `encode_conversation`, or the images' tokens are not given but depend on their sizes.
+        """
+        has_images = any(isinstance(part, ImagePart) for message in messages for part in message.parts)
+        if has_images and num_image_tokens is None and self.image_processor.tile_grid is not None:
+            raise InputError(
+                "with resize_mode: anyres the number of an image's tokens depends on its size, which is not given",
+                where="num_image_tokens",
+                remedy="Give processor.count_image_tokens(sizes).",
+            )
         return encode_conversation(
             messages,
             template=get_template(template or self.template),
             tokenizer=self.tokenizer,
             image_token_id=self.image_token_id,
-            num_image_tokens=self.num_image_tokens,
+            num_image_tokens=self.num_image_tokens if num_image_tokens is None else num_image_tokens,
             **kwargs,
         )
 
-    def encode_prompts(self, conversations: Sequence[Sequence[Message]]) -> dict[str, torch.Tensor]:
-        """Left-padded ``input_ids``, ``attention_mask``, ``position_ids`` for generation, ``[B, S]``."""
-        rows = [self.encode(messages, generation_prompt=True).input_ids for messages in conversations]
+    def encode_prompts(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        num_image_tokens: Sequence[Sequence[int] | None] | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Left-padded ``input_ids``, ``attention_mask``, ``position_ids`` for generation, ``[B, S]``.
+
+        Args:
+            conversations: each ends with a question.
+            num_image_tokens: for each conversation, see `encode`.
+        """
+        counts = num_image_tokens or [None] * len(conversations)
+        rows = [
+            self.encode(messages, generation_prompt=True, num_image_tokens=tokens).input_ids
+            for messages, tokens in zip(conversations, counts, strict=True)
+        ]
         longest = max(len(row) for row in rows)
         pad = self.tokenizer.pad_token_id
         ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows])
@@ -122,14 +175,25 @@ def _flatten(images: Any) -> list[ImageLike]:
     return [image for item in images for image in _flatten(item)]
 
 
-def _replacements(text: str, num_image_tokens: int) -> list[dict[str, tuple[int, int]]]:
+def _marks(text: str, counts: Iterator[int]) -> list[tuple[int, int]]:
+    """Where each mark begins in the text, and how many placeholders stand for it."""
+    return [(match.start(), next(counts)) for match in re.finditer(re.escape(IMAGE_TOKEN), text)]
+
+
+def _expand(text: str, marks: Sequence[tuple[int, int]]) -> str:
+    for start, count in reversed(marks):
+        text = text[:start] + IMAGE_TOKEN * count + text[start + len(IMAGE_TOKEN) :]
+    return text
+
+
+def _replacements(marks: Sequence[tuple[int, int]]) -> list[dict[str, tuple[int, int]]]:
     """Where each mark stood in the text and what it became, in characters."""
     spans = []
-    for number, match in enumerate(re.finditer(re.escape(IMAGE_TOKEN), text)):
-        start, end = match.span()
-        shift = number * (num_image_tokens - 1) * len(IMAGE_TOKEN)
-        new_start = start + shift
-        spans.append({"span": (start, end), "new_span": (new_start, new_start + num_image_tokens * len(IMAGE_TOKEN))})
+    shift = 0
+    for start, count in marks:
+        end, new_end = start + len(IMAGE_TOKEN), start + shift + count * len(IMAGE_TOKEN)
+        spans.append({"span": (start, end), "new_span": (start + shift, new_end)})
+        shift = new_end - end
     return spans
 
 

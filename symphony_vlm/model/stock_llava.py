@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlavaConfig, PreTrainedConfig
 
@@ -40,6 +41,7 @@ def llava_config(model: SymphonyVLMForConditionalGeneration) -> LlavaConfig:
             where="projector",
             remedy="Only a model with projector: mlp2x_gelu can be exported.",
         )
+    _check_images(model)
     text = stock_text_config(model.language_model)
     return LlavaConfig(
         vision_config=_vision_config(model.vision_tower),
@@ -53,6 +55,26 @@ def llava_config(model: SymphonyVLMForConditionalGeneration) -> LlavaConfig:
         tie_word_embeddings=bool(text.tie_word_embeddings),
         dtype=model.dtype,
     )
+
+
+def _check_images(model: SymphonyVLMForConditionalGeneration) -> None:
+    """Refuses what Llava does not do with an image."""
+    processor = model.processor
+    mode = None if processor is None else processor.image_processor.resize_mode
+    if model.config.grid_pinpoints is not None or mode == "encoder":
+        raise InputError(
+            f"{'anyres' if mode is None else mode!r} cannot be expressed: Llava's images are padded, cropped or "
+            "stretched",
+            where="vision.resize_mode",
+            remedy="Only a model with resize_mode: pad, crop or stretch can be exported.",
+        )
+    scales = model.vision_tower.config.scales
+    if len(scales) > 1:
+        raise InputError(
+            f"{list(scales)} cannot be expressed: Llava sees an image at one scale",
+            where="vision.scales",
+            remedy="Only a model with scales: [1] can be exported.",
+        )
 
 
 def llava_weights(model: SymphonyVLMForConditionalGeneration) -> dict[str, Tensor]:
@@ -181,8 +203,7 @@ def _clip_weights(tower: OpenClipTower) -> dict[str, Tensor]:
 def save_llava_processor(model: SymphonyVLMForConditionalGeneration, folder: Path) -> None:
     """Saves a processor that ``AutoProcessor`` opens, if the model has one.
 
-    Prompts are the same. So are pixels with Pillow's backend, but for ``resize_mode: crop``, where transformers rounds
-    the long side down and may so cut one pixel beside ours.
+    Prompts are the same. So are pixels with Pillow's backend.
     """
     if model.processor is None:
         return
@@ -200,6 +221,8 @@ def save_llava_processor(model: SymphonyVLMForConditionalGeneration, folder: Pat
             size={"shortest_edge": size} if images.resize_mode == "crop" else square,
             do_center_crop=images.resize_mode == "crop",
             crop_size=square,
+            resample=Image.Resampling[images.interpolation.upper()],
+            rescale_factor=images.rescale_factor,
             image_mean=images.image_mean,
             image_std=images.image_std,
         ),

@@ -9,15 +9,19 @@ hub or a path.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from symphony_vlm.errors import InputError
+from symphony_vlm.model.encoder_preprocessing import open_clip_preprocessing, transformers_preprocessing
+from symphony_vlm.model.multi_scale import multi_scale_features
 from symphony_vlm.text import nearest
 
 __all__ = ["VisionConfig", "VisionTower", "build_vision_tower", "load_vision_tower"]
@@ -34,12 +38,31 @@ class VisionConfig:
     architecture: Mapping[str, Any]
     """open_clip: ``{"embed_dim", "vision_cfg", "quick_gelu"}``; transformers: the vision config's dict."""
     image_size: int
+    """Side of the squares that the encoder itself takes."""
     feature_layer: int = -2
     """Which hidden layer the features come from; -1 is the output of the last block, -2 (LLaVA) the one before."""
     feature_select: Literal["patch", "cls_patch"] = "patch"
     """Patch features alone, or with the class token in front."""
     image_mean: tuple[float, float, float] = OPENAI_CLIP_MEAN
     image_std: tuple[float, float, float] = OPENAI_CLIP_STD
+    interpolation: str = "bicubic"
+    """Pillow's name of the filter with which the encoder's training images were resized."""
+    rescale_factor: float = 1 / 255
+    """Makes 8-bit values those that the mean and deviation are of."""
+    scales: tuple[int, ...] = (1,)
+    """At which sizes, in units of `image_size`, the encoder looks at an image, see `multi_scale`."""
+    preprocessing: Mapping[str, Any] | None = None
+    """The encoder's own preparation of images, for ``resize_mode: encoder``, see `encoder_preprocessing`."""
+
+    def __post_init__(self) -> None:
+        ascending = all(a < b for a, b in itertools.pairwise(self.scales))
+        if not self.scales or self.scales[0] != 1 or not ascending or not all(type(s) is int for s in self.scales):
+            raise InputError(f"{list(self.scales)} is no ascending list of whole numbers from 1", where="vision.scales")
+
+    @property
+    def input_size(self) -> int:
+        """Side of the squares that the tower takes: of the largest scale."""
+        return self.image_size * self.scales[-1]
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready mapping; `from_dict` restores an equal object."""
@@ -60,7 +83,7 @@ class VisionTower(nn.Module):
     """Common face of the towers: images in, features of one hidden layer out.
 
     Attributes:
-        hidden_size: C.
+        hidden_size: C, of all scales together.
         num_tokens: P.
     """
 
@@ -72,12 +95,19 @@ class VisionTower(nn.Module):
         self.config = config
 
     def forward(self, pixels_N3HW: Tensor) -> Tensor:
-        """Features ``[N, P, C]``."""
+        """Features ``[N, P, C]`` of squares of side ``config.input_size``."""
+        config = self.config
+        if len(config.scales) == 1:
+            return self.encode(pixels_N3HW)
+        return multi_scale_features(self.encode, pixels_N3HW, config.scales, config.image_size)
+
+    def encode(self, pixels_N3HW: Tensor) -> Tensor:
+        """Features of squares of the encoder's own size, at one scale."""
         raise NotImplementedError
 
     def _measure(self) -> None:
         """Learns P and C from one forward pass on the meta device: right for any architecture, and free."""
-        size = self.config.image_size
+        size = self.config.input_size
         state = {name: torch.empty_like(t, device="meta") for name, t in self.state_dict(keep_vars=True).items()}
         state |= {name: torch.empty_like(b, device="meta") for name, b in self.named_buffers()}
         pixels = torch.empty(1, 3, size, size, device="meta")
@@ -103,7 +133,7 @@ class OpenClipTower(VisionTower):
         except AssertionError as error:
             raise _no_such_layer(config) from error
 
-    def forward(self, pixels_N3HW: Tensor) -> Tensor:
+    def encode(self, pixels_N3HW: Tensor) -> Tensor:
         out = self.visual.forward_intermediates(
             pixels_N3HW,
             indices=[self._index],
@@ -176,7 +206,7 @@ class HuggingFaceTower(VisionTower):
                 module.post_layernorm = nn.Identity()
         self._measure()
 
-    def forward(self, pixels_N3HW: Tensor) -> Tensor:
+    def encode(self, pixels_N3HW: Tensor) -> Tensor:
         hidden_NPC = self.model(pixels_N3HW, output_hidden_states=True).hidden_states[-1]
         has_class_token = hidden_NPC.shape[1] == self._num_patches() + 1
         return hidden_NPC[:, 1:] if has_class_token and self.config.feature_select == "patch" else hidden_NPC
@@ -203,6 +233,7 @@ def load_vision_tower(
     pretrained: str | None = None,
     feature_layer: int = -2,
     feature_select: Literal["patch", "cls_patch"] = "patch",
+    scales: Sequence[int] = (1,),
 ) -> VisionTower:
     """A pretrained tower.
 
@@ -213,11 +244,12 @@ def load_vision_tower(
         pretrained: open_clip's pretrained tag or a local weight file.
         feature_layer: see `VisionConfig`.
         feature_select: see `VisionConfig`.
+        scales: see `VisionConfig`.
 
     Raises:
         InputError: the name, tag or folder does not exist.
     """
-    choose = {"feature_layer": feature_layer, "feature_select": feature_select}
+    choose = {"feature_layer": feature_layer, "feature_select": feature_select, "scales": tuple(scales)}
     if backend == "open_clip":
         return _load_open_clip(name, pretrained, choose)
     if backend == "transformers":
@@ -249,13 +281,15 @@ def _load_open_clip(name: str, pretrained: str | None, choose: dict[str, Any]) -
     # weights_only: a checkpoint file must not be able to run code.
     clip = open_clip.create_model(name, pretrained=pretrained, weights_only=True)
     arch = _open_clip_architecture(name)
-    size = clip.visual.image_size
+    size, prepared = clip.visual.image_size, clip.visual.preprocess_cfg
     config = VisionConfig(
         backend="open_clip",
         architecture=arch,
         image_size=size[0] if isinstance(size, (tuple, list)) else size,
-        image_mean=tuple(clip.visual.preprocess_cfg["mean"]),
-        image_std=tuple(clip.visual.preprocess_cfg["std"]),
+        image_mean=tuple(prepared["mean"]),
+        image_std=tuple(prepared["std"]),
+        interpolation=prepared["interpolation"],
+        preprocessing=open_clip_preprocessing(prepared),
         **choose,
     )
     tower = OpenClipTower(config)
@@ -290,7 +324,7 @@ def _load_transformers(name: str, choose: dict[str, Any]) -> VisionTower:
 
     try:
         full = AutoConfig.from_pretrained(name)
-        processor = AutoImageProcessor.from_pretrained(name)
+        processor = AutoImageProcessor.from_pretrained(name, backend="pil")
     except OSError as error:
         raise InputError(
             str(error).splitlines()[0], where="model.vision.name", remedy="Give a local folder."
@@ -301,8 +335,8 @@ def _load_transformers(name: str, choose: dict[str, Any]) -> VisionTower:
         backend="transformers",
         architecture=vision.to_dict(),
         image_size=size,
-        image_mean=tuple(processor.image_mean),
-        image_std=tuple(processor.image_std),
+        **_arithmetic(processor),
+        preprocessing=transformers_preprocessing(processor),
         **choose,
     )
     tower = HuggingFaceTower(config)
@@ -312,6 +346,17 @@ def _load_transformers(name: str, choose: dict[str, Any]) -> VisionTower:
     prefix = "vision_model." if any(k.startswith("vision_model.") for k in tower.model.state_dict()) else ""
     _copy_weights(tower.model, {prefix + key: value for key, value in weights.items()})
     return tower
+
+
+def _arithmetic(processor: Any) -> dict[str, Any]:
+    """Filter, factor, mean and deviation of an image processor of transformers, whose steps may be switched off."""
+    normalizes = processor.do_normalize
+    return {
+        "interpolation": Image.Resampling(processor.resample).name.lower(),
+        "rescale_factor": processor.rescale_factor if processor.do_rescale else 1.0,
+        "image_mean": tuple(processor.image_mean) if normalizes else (0.0, 0.0, 0.0),
+        "image_std": tuple(processor.image_std) if normalizes else (1.0, 1.0, 1.0),
+    }
 
 
 def _copy_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:

@@ -2,8 +2,8 @@
 
 ::
 
-    pixel_values --vision tower--> features_NPC --projector--> features_NPD --.
-    input_ids ---embed--> text_BSD -----------------------------------------+--merge--> embeds_BSD
+    pixel_values --vision tower--> features_TPC --projector, packing--> features of each image --.
+    input_ids ---embed--> text_BSD -----------------------------------------------------------+--merge--> embeds_BSD
                                                                                 |
          language model (any Hugging Face causal LM): [ attention, FFN | SparseMoE ] x layers
                            SparseMoE: router -> dispatch -> experts -> combine
@@ -11,7 +11,8 @@
                                                                                 |
          logits --> loss = cross entropy + weighted router losses --> output (loss parts, router record)
 
-Shape letters: B batch, S sequence, N images, P features per image, C vision hidden size, D hidden size, V vocabulary.
+Shape letters: B batch, S sequence, N images, T tiles of all images (one an image, but with anyres), P features per
+tile, C vision hidden size, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ from transformers.cache_utils import Cache
 from symphony_vlm.data.images import ImageLike, open_image
 from symphony_vlm.data.sample import ImagePart, Message, TextPart
 from symphony_vlm.errors import InputError
+from symphony_vlm.model.anyres import new_image_newline, pack_image_features, tile_grid_of
 from symphony_vlm.model.configuration import SymphonyVLMConfig
-from symphony_vlm.model.merge import merge_image_features, position_ids_from_mask
+from symphony_vlm.model.merge import images_of_rows, merge_image_features, position_ids_from_mask
 from symphony_vlm.model.pretrained import SymphonyOutput, SymphonyPreTrainedModel
 from symphony_vlm.model.processor import SymphonyVLMProcessor
 from symphony_vlm.model.projector import build_projector
@@ -41,6 +43,8 @@ from symphony_vlm.moe.installation import install_moe_
 from symphony_vlm.moe.upcycle import upcycle_
 
 __all__ = ["SymphonyVLMForConditionalGeneration"]
+
+IMAGE_INPUTS = ("pixel_values", "image_sizes", "image_features")
 
 
 class SymphonyVLMForConditionalGeneration(SymphonyPreTrainedModel, GenerationMixin):
@@ -55,6 +59,8 @@ class SymphonyVLMForConditionalGeneration(SymphonyPreTrainedModel, GenerationMix
         self.vision_tower = build_vision_tower(VisionConfig.from_dict(config.vision_config or {}))
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         self.projector = build_projector(config.projector, self.vision_tower.hidden_size, config.hidden_size)
+        self.tile_grid = tile_grid_of(config.grid_pinpoints, self.vision_tower.config)
+        self.image_newline = None if self.tile_grid is None else new_image_newline(config.hidden_size)
         self.processor: SymphonyVLMProcessor | None = None
         """Set by `symphony_vlm.load`; needed by `chat`."""
         self.routing = None
@@ -71,7 +77,8 @@ class SymphonyVLMForConditionalGeneration(SymphonyPreTrainedModel, GenerationMix
         self,
         input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
-        image_features: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        image_features: Sequence[Tensor] | Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -84,9 +91,10 @@ class SymphonyVLMForConditionalGeneration(SymphonyPreTrainedModel, GenerationMix
         """One pass over merged image and text tokens.
 
         Args:
-            input_ids: ``[B, S]``, with `num_image_tokens` placeholders per image.
-            pixel_values: ``[N, 3, H, W]``, the images of all sequences in reading order.
-            image_features: ``[N, P, D]``, output of `get_image_features`, instead of `pixel_values`.
+            input_ids: ``[B, S]``, with a placeholder for each feature of each image.
+            pixel_values: ``[T, 3, H, W]``, the images (their tiles) of all sequences in reading order.
+            image_sizes: ``[N, 2]``, height and width of each image; needed where images become tiles.
+            image_features: ``[n_i, D]`` of each image, output of `get_image_features`, instead of `pixel_values`.
             attention_mask: ``[B, S]``, 1 for real tokens; padding may be on either side.
             position_ids: ``[B, S]``; default: counted over real tokens.
             past_key_values: cache of earlier tokens.
@@ -100,7 +108,7 @@ class SymphonyVLMForConditionalGeneration(SymphonyPreTrainedModel, GenerationMix
         """
         idle = None
         if image_features is None and pixel_values is not None:
-            image_features = self.get_image_features(pixel_values)
+            image_features = self.get_image_features(pixel_values, image_sizes)
         elif image_features is None and (past_key_values is None or past_key_values.get_seq_length() == 0):
             # In the place of the images' pass, as other ranks may be in it now.
             idle = self._idle_vision_pass() if self._vision_is_sharded() else None
@@ -133,12 +141,26 @@ class SymphonyVLMForConditionalGeneration(SymphonyPreTrainedModel, GenerationMix
             **kwargs,
         )
 
-    def get_image_features(self, pixel_values: Tensor) -> Tensor:
-        """Projected features of images: ``[N, 3, H, W] -> [N, P, D]``."""
+    def get_image_features(self, pixel_values: Tensor, image_sizes: Tensor | None = None) -> list[Tensor]:
+        """Features of each image as the language model reads them, ``[n_i, D]``; arguments as in `forward`."""
         dtype = next(self.language_model.parameters()).dtype
-        features_NPC = self.vision_tower(pixel_values.to(dtype))
-        features_NPD: Tensor = self.projector(features_NPC)
-        return features_NPD
+        features_TPC = self.vision_tower(pixel_values.to(dtype))
+        return self.project_image_features(features_TPC, image_sizes)
+
+    def project_image_features(self, features_TPC: Tensor, image_sizes: Tensor | None = None) -> list[Tensor]:
+        """The second half of `get_image_features`: from the vision tower's output, which a cache may hold.
+
+        Raises:
+            ValueError: images become tiles, and `image_sizes` is missing or of other images.
+        """
+        features_TPD: Tensor = self.projector(features_TPC)
+        if self.tile_grid is None:
+            return list(features_TPD)
+        if image_sizes is None:
+            raise ValueError("with anyres pixel_values needs image_sizes, both from the processor")
+        sizes = [(height, width) for height, width in image_sizes.tolist()]
+        assert self.image_newline is not None
+        return pack_image_features(features_TPD, sizes, self.tile_grid, self.image_newline)
 
     def _vision_is_sharded(self) -> bool:
         """Whether FSDP2 (which gives modules an ``unshard``) or ZeRO-3 has spread the tower or the projector."""
@@ -153,17 +175,20 @@ class SymphonyVLMForConditionalGeneration(SymphonyPreTrainedModel, GenerationMix
         image must take part, or the others would wait for it for ever.
         """
         modes = [(part, part.training) for part in (self.vision_tower, self.projector)]
-        size = self.vision_tower.config.image_size
+        size = self.vision_tower.config.input_size
         recorder = nullcontext() if self.routing is None else self.routing.idle_images()
         try:
             for part, _ in modes:
                 part.eval()  # a blank image must not enter running means
             with recorder:
-                features_NPD = self.get_image_features(torch.zeros(1, 3, size, size, device=self.device))
+                dtype = next(self.language_model.parameters()).dtype
+                pixels = torch.zeros(1, 3, size, size, device=self.device, dtype=dtype)
+                features_NPD = self.projector(self.vision_tower(pixels))
         finally:
             for part, mode in modes:
                 part.train(mode)
-        return 0 * features_NPD.sum()
+        zero = 0 * features_NPD.sum()
+        return zero if self.image_newline is None else zero + 0 * self.image_newline.sum()
 
     @torch.no_grad()
     def chat(
@@ -190,9 +215,11 @@ class SymphonyVLMForConditionalGeneration(SymphonyPreTrainedModel, GenerationMix
         listed: list[Any] = [] if images is None else list(images) if isinstance(images, (list, tuple)) else [images]
         parts = [ImagePart(index=i) for i in range(len(listed))]
         text = TextPart(text=f"\n{question}" if listed else question)
-        inputs = self.processor.encode_prompts([[Message(role="user", parts=(*parts, text))]])
-        if listed:
-            inputs["pixel_values"] = self.processor.image_processor([open_image(i) for i in listed])["pixel_values"]
+        opened = [open_image(image) for image in listed]
+        counts = self.processor.count_image_tokens([(image.height, image.width) for image in opened])
+        inputs = self.processor.encode_prompts([[Message(role="user", parts=(*parts, text))]], [counts])
+        if opened:
+            inputs.update(self.processor.image_processor(opened))
         inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
         generation.setdefault("do_sample", False)
         ids = self.generate(**inputs, max_new_tokens=max_new_tokens, **generation)
@@ -206,13 +233,19 @@ class SymphonyVLMForConditionalGeneration(SymphonyPreTrainedModel, GenerationMix
     def probe_inputs(self) -> dict[str, Tensor]:
         """Fixed random inputs for a proof of equal logits: one picture and some text (`moe.proof`)."""
         generator = torch.Generator().manual_seed(0)
-        size = self.vision_tower.config.image_size
+        size = self.vision_tower.config.input_size
         text = torch.randint(0, self.config.text_config.vocab_size, (1, 16), generator=generator)
         # The placeholder's id stands for the picture alone.
         text[text == self.config.image_token_id] = (self.config.image_token_id + 1) % self.config.text_config.vocab_size
-        picture = torch.full((1, self.config.num_image_tokens), self.config.image_token_id)
-        pixels = torch.randn(1, 3, size, size, generator=generator)
-        inputs = {"input_ids": torch.cat([text[:, :4], picture, text[:, 4:]], dim=1), "pixel_values": pixels}
+        num_tokens, num_tiles = self.config.num_image_tokens, 1
+        inputs = {}
+        if self.tile_grid is not None:
+            inputs["image_sizes"] = torch.tensor([[size, 2 * size]])
+            num_tokens = self.tile_grid.num_tokens((size, 2 * size), num_tokens)
+            num_tiles = self.tile_grid.num_tiles((size, 2 * size))
+        picture = torch.full((1, num_tokens), self.config.image_token_id)
+        inputs["pixel_values"] = torch.randn(num_tiles, 3, size, size, generator=generator)
+        inputs["input_ids"] = torch.cat([text[:, :4], picture, text[:, 4:]], dim=1)
         return {name: tensor.to(self.device) for name, tensor in inputs.items()}
 
     def train(self, mode: bool = True) -> SymphonyVLMForConditionalGeneration:
@@ -229,7 +262,7 @@ class SymphonyVLMForConditionalGeneration(SymphonyPreTrainedModel, GenerationMix
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Images enter with the prompt; with a cache, later steps have only new text tokens."""
-        images = {name: kwargs.pop(name, None) for name in ("pixel_values", "image_features")}
+        images = {name: kwargs.pop(name, None) for name in IMAGE_INPUTS}
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
         cache = inputs.get("past_key_values")
         if cache is None or cache.get_seq_length() == 0:
@@ -244,19 +277,37 @@ class SymphonyVLMForConditionalGeneration(SymphonyPreTrainedModel, GenerationMix
         **kwargs: Any,
     ) -> tuple[Tensor, dict[str, Any]]:
         """Repeats sequences for beams and samples; a sequence's images are repeated together, in their order."""
-        images = {name: kwargs.pop(name, None) for name in ("pixel_values", "image_features")}
+        images = {name: kwargs.pop(name, None) for name in IMAGE_INPUTS}
         if expand_size > 1 and input_ids is not None:
-            placeholders = (input_ids == self.config.image_token_id).sum(1)
-            per_row = (placeholders // max(1, self.config.num_image_tokens)).tolist()
-            for name, value in images.items():
-                if value is not None:
-                    rows = [row for row in value.split(per_row) for _ in range(expand_size)]
-                    images[name] = torch.cat(rows)
+            placeholders = (input_ids == self.config.image_token_id).sum(1).tolist()
+            images = self._repeat_images(images, placeholders, expand_size)
         input_ids, kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
         )
         assert input_ids is not None
         return input_ids, kwargs | images
+
+    def _repeat_images(self, images: dict[str, Any], placeholders: list[int], times: int) -> dict[str, Any]:
+        """Image inputs for a batch each of whose rows, with so many placeholders, is repeated."""
+        pixels, sizes, features = (images[name] for name in IMAGE_INPUTS)
+        if pixels is None and features is None:
+            return images
+        tiles = [1] * len(pixels if features is None else features)
+        tokens = [self.config.num_image_tokens] * len(tiles)
+        if self.tile_grid is not None and sizes is not None:
+            listed = [(height, width) for height, width in sizes.tolist()]
+            tiles = [self.tile_grid.num_tiles(size) for size in listed]
+            tokens = [self.tile_grid.num_tokens(size, self.config.num_image_tokens) for size in listed]
+        if features is not None:
+            tokens = [len(part) for part in features]
+        rows = images_of_rows(placeholders, tokens)
+        order = [index for row in rows for _ in range(times) for index in row]
+        if pixels is not None:
+            by_image = pixels.split(tiles)
+            pixels = torch.cat([by_image[index] for index in order])
+        sizes = None if sizes is None else sizes[order]
+        features = None if features is None else [features[index] for index in order]
+        return dict(zip(IMAGE_INPUTS, (pixels, sizes, features), strict=True))
 
     @torch.no_grad()
     def initialize_weights(self) -> None:

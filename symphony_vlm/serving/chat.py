@@ -22,6 +22,7 @@ from symphony_vlm.errors import InputError
 
 if TYPE_CHECKING:
     from PIL import Image
+    from transformers.feature_extraction_utils import BatchFeature
 
     from symphony_vlm.model.processor import SymphonyVLMProcessor
     from symphony_vlm.model.vlm import SymphonyVLMForConditionalGeneration
@@ -85,8 +86,9 @@ class ChatSession:
         Raises:
             InputError: it cannot be read. Nothing is attached then.
         """
-        pixels = self._processor.image_processor(read_picture(image))["pixel_values"]
-        self._pending.append(_Picture(pixels=pixels))
+        opened = read_picture(image)
+        (num_tokens,) = self._processor.count_image_tokens([(opened.height, opened.width)])
+        self._pending.append(_Picture(inputs=self._processor.image_processor(opened), num_tokens=num_tokens))
 
     def drop_images(self) -> None:
         """Forgets the pictures that wait for the next question."""
@@ -151,7 +153,8 @@ class ChatSession:
         images = tuple(ImagePart(index=len(self._features) + i) for i in range(len(pictures)))
         # A line feed between pictures and words, as in LLaVA's training data.
         question = Message(role="user", parts=(*images, TextPart(text=f"\n{text}" if images else text)))
-        prompt = self._processor.encode_prompts([[*self.history, question]])
+        counts = [len(features) for features in self._features] + [picture.num_tokens for picture in pictures]
+        prompt = self._processor.encode_prompts([[*self.history, question]], [counts])
         length = prompt["input_ids"].shape[1]
         limit = getattr(self.model.config.text_config, "max_position_embeddings", None)
         room = max_new_tokens if limit is None else min(max_new_tokens, limit - length)
@@ -169,10 +172,10 @@ class ChatSession:
         self._require_idle()
         self._answering = True
         try:
-            inputs = {name: tensor.to(self.model.device) for name, tensor in turn.prompt.items()}
+            inputs: dict[str, Any] = {name: tensor.to(self.model.device) for name, tensor in turn.prompt.items()}
             features = (*self._features, *(self._encode(picture) for picture in turn.pictures))
             if features:
-                inputs["image_features"] = torch.cat(features)
+                inputs["image_features"] = list(features)
             self._generation = generation = _Generation(self.model, self._processor, {**inputs, **arguments})
             visible = _VisibleText(self._answer_end())
             for piece in generation.pieces():
@@ -192,9 +195,9 @@ class ChatSession:
 
     @torch.no_grad()
     def _encode(self, picture: _Picture) -> Tensor:
-        """Features ``[1, P, D]``; computed once, also if the turn has to be tried again."""
+        """Features ``[n, D]``; computed once, also if the turn has to be tried again."""
         if picture.features is None:
-            picture.features = self.model.get_image_features(picture.pixels.to(self.model.device))
+            (picture.features,) = self.model.get_image_features(**picture.inputs.to(self.model.device))
         return picture.features
 
     def _commit(self, turn: _Turn, answer: str, features: tuple[Tensor, ...]) -> None:
@@ -211,8 +214,9 @@ class ChatSession:
 
 @dataclass(kw_only=True)
 class _Picture:
-    pixels: Tensor
-    """``[1, 3, H, W]``."""
+    inputs: BatchFeature
+    """What the image processor made of it."""
+    num_tokens: int
     features: Tensor | None = None
 
 

@@ -13,13 +13,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.modeling_outputs import ModelOutput
 
 from symphony_vlm.data.collator import ConversationDataset, EncodedSample
 from symphony_vlm.data.conversation import EncodedConversation
-from symphony_vlm.data.sample import Sample
+from symphony_vlm.data.images import load_image
+from symphony_vlm.data.sample import ImageRef, Sample
 
 __all__ = ["CaptionCollator", "ContrastiveModel", "encode_caption", "save_open_clip"]
 
@@ -114,7 +116,12 @@ def save_open_clip(
 
 
 def caption_dataset(
-    samples: Sequence[Sample], tokenizer: Any, to_square: Callable[[Any], np.ndarray]
+    samples: Sequence[Sample],
+    tokenizer: Any,
+    to_square: Callable[[Any], np.ndarray],
+    load: Callable[[ImageRef], Image.Image] = load_image,
 ) -> ConversationDataset:
     """Image-caption pairs; samples without an image are left out by the caller."""
-    return ConversationDataset(samples, encode=lambda sample: encode_caption(sample, tokenizer), to_square=to_square)
+    return ConversationDataset(
+        samples, encode=lambda sample: encode_caption(sample, tokenizer), to_square=to_square, load=load
+    )

@@ -15,8 +15,9 @@ from symphony_vlm.data.conversation import get_template
 from symphony_vlm.data.sample import Sample
 from symphony_vlm.data.tokenizer import ensure_special_tokens, train_tokenizer
 from symphony_vlm.errors import InputError
+from symphony_vlm.model.anyres import new_image_newline
 from symphony_vlm.model.configuration import SymphonyVLMConfig
-from symphony_vlm.model.image_processor import SymphonyImageProcessor
+from symphony_vlm.model.image_processor import ResizeMode, SymphonyImageProcessor
 from symphony_vlm.model.processor import SymphonyVLMProcessor
 from symphony_vlm.model.projector import build_projector
 from symphony_vlm.model.vision import VisionConfig, VisionTower, build_vision_tower, load_vision_tower
@@ -121,7 +122,11 @@ def new_language_model(model: ModelConfig, tokenizer: Any, folder: Path | None) 
 def new_vision_tower(model: ModelConfig, encoder: Path | None) -> VisionTower:
     """The vision tower: from the encoder stage's folder, pretrained, or new."""
     vision = model.vision
-    choose: dict[str, Any] = {"feature_layer": vision.feature_layer, "feature_select": vision.feature_select}
+    choose: dict[str, Any] = {
+        "feature_layer": vision.feature_layer,
+        "feature_select": vision.feature_select,
+        "scales": tuple(vision.scales),
+    }
     if encoder is not None:
         return load_vision_tower("open_clip", str(encoder), **choose)
     if vision.name is not None:
@@ -138,12 +143,25 @@ def new_vision_tower(model: ModelConfig, encoder: Path | None) -> VisionTower:
 
 
 def new_image_processor(model: ModelConfig, tower: VisionConfig | None = None) -> SymphonyImageProcessor:
-    """Prepares images as the tower needs them; before there is a tower, as the architecture says."""
-    mode = model.vision.resize_mode
+    """Prepares images as the tower needs them; before there is a tower, as the architecture says.
+
+    A new encoder is trained on whole images at one scale, however the model will look at them later.
+    """
+    vision = model.vision
     if tower is not None:
-        return SymphonyImageProcessor(tower.image_size, tower.image_mean, tower.image_std, resize_mode=mode)
-    assert model.vision.architecture is not None
-    return SymphonyImageProcessor(model.vision.architecture["vision_cfg"]["image_size"], resize_mode=mode)
+        return SymphonyImageProcessor(
+            tower.input_size,
+            tower.image_mean,
+            tower.image_std,
+            resize_mode=vision.resize_mode,
+            interpolation=tower.interpolation,
+            rescale_factor=tower.rescale_factor,
+            grid_pinpoints=vision.grid_pinpoints,
+            preprocessing=tower.preprocessing if vision.resize_mode == "encoder" else None,
+        )
+    assert vision.architecture is not None
+    mode: ResizeMode = "stretch" if vision.resize_mode == "anyres" else vision.resize_mode
+    return SymphonyImageProcessor(vision.architecture["vision_cfg"]["image_size"], resize_mode=mode)
 
 
 def assemble(
@@ -161,6 +179,7 @@ def assemble(
         projector=model.projector,
         image_token_id=processor.image_token_id,
         num_image_tokens=tower.num_tokens,
+        grid_pinpoints=processor.image_processor.grid_pinpoints,
     )
     # Only the skeleton is built, without memory, and the parts are put into it: never two copies of the weights.
     with torch.device("meta"):
@@ -168,6 +187,8 @@ def assemble(
     vlm.vision_tower = tower
     vlm.language_model = language_model
     vlm.projector = build_projector(model.projector, tower.hidden_size, config.hidden_size)
+    if vlm.image_newline is not None:
+        vlm.image_newline = new_image_newline(config.hidden_size)
     vlm.generation_config.eos_token_id = tokenizer.eos_token_id
     vlm.generation_config.pad_token_id = tokenizer.pad_token_id
     vlm.processor = processor

@@ -153,7 +153,9 @@ def _files(recipe: Recipe, output: Path, report: Report) -> dict[str, list[tuple
 
 def _open_file(path: Path, image_folder: Path | None, data: DataConfig, seed: int, report: Report) -> _Part:
     source = open_samples(path, image_folder=image_folder)
-    checked = check_samples(source, on_bad_sample=data.on_bad_sample, decode_images=data.check_images)
+    checked = check_samples(
+        source, on_bad_sample=data.on_bad_sample, decode_images=data.check_images, max_pixels=data.max_pixels
+    )
     train, validation = split_by_image(source, checked.usable, fraction=data.validation_fraction, seed=seed)
     validation = validation[:MAX_VALIDATION_RECORDS]
     counts = {

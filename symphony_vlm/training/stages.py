@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from rich.console import Console
@@ -25,9 +24,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from symphony_vlm.config.recipe import Recipe, StageConfig
 from symphony_vlm.data.collator import ConversationCollator, ConversationDataset
+from symphony_vlm.data.images import load_image
 from symphony_vlm.data.sample import Sample
 from symphony_vlm.errors import InputError
-from symphony_vlm.model.image_processor import SymphonyImageProcessor
 from symphony_vlm.model.processor import SymphonyVLMProcessor
 from symphony_vlm.model.vlm import SymphonyVLMForConditionalGeneration
 from symphony_vlm.moe.configuration import MoEConfig
@@ -89,14 +88,19 @@ def _run_contrastive(stage: StageConfig, context: RunContext) -> None:
         )
     processor = new_image_processor(context.recipe.model)
     model = ContrastiveModel(architecture, len(context.tokenizer))
-    to_square = partial(_square, processor)
-    collate = CaptionCollator(model.context_length, model.end_token_id, partial(_normalize, processor))
+    dataset = partial(
+        caption_dataset,
+        tokenizer=context.tokenizer,
+        to_square=processor.prepare,
+        load=partial(load_image, max_pixels=context.recipe.data.max_pixels),
+    )
+    collate = CaptionCollator(model.context_length, model.end_token_id, processor.normalize)
     trainer = _trainer(
         stage,
         context,
         model,
-        caption_dataset(train, context.tokenizer, to_square),
-        caption_dataset(validation, context.tokenizer, to_square),
+        dataset(train),
+        dataset(validation),
         collate,
         rates={"": stage.learning_rate},
         # An incomplete last batch has fewer negatives, and so another loss.
@@ -136,11 +140,12 @@ def _run_multimodal(stage: StageConfig, context: RunContext) -> None:
     dataset = partial(
         ConversationDataset,
         encode=partial(_encode, processor, stage),
-        to_square=partial(_square, processor.image_processor),
+        to_square=processor.image_processor.prepare,
+        load=partial(load_image, max_pixels=context.recipe.data.max_pixels),
     )
     collate = ConversationCollator(
         processor.tokenizer.pad_token_id,
-        partial(_normalize, processor.image_processor),
+        processor.image_processor.normalize,
         model.config.image_token_id if stage.independent_turns else None,
     )
     callbacks: list[TrainerCallback] = [ExpertGraphUpdate()]
@@ -316,16 +321,13 @@ def _drop_default_printer(trainer: StageTrainer) -> None:
 
 
 def _encode(processor: SymphonyVLMProcessor, stage: StageConfig, sample: Sample) -> Any:
-    return processor.encode(sample.messages, template=stage.template, max_length=stage.max_length, origin=sample.origin)
-
-
-def _square(processor: SymphonyImageProcessor, image: Any) -> np.ndarray:
-    return np.asarray(processor.to_square(image))
-
-
-def _normalize(processor: SymphonyImageProcessor, squares: list[np.ndarray]) -> torch.Tensor:
-    pixels: torch.Tensor = processor(squares)["pixel_values"]
-    return pixels
+    return processor.encode(
+        sample.messages,
+        template=stage.template,
+        num_image_tokens=processor.count_tokens_of_files(sample.images),
+        max_length=stage.max_length,
+        origin=sample.origin,
+    )
 
 
 def _optional_blocks(blocks: Callable[[Any], TextBlocks], samples: Sequence[Sample]) -> TextBlocks | None:

@@ -53,6 +53,8 @@ def _has_prefix(name: str, prefix: str) -> bool:
 
 
 def _rate(name: str, rates: Mapping[str, float]) -> float | None:
+    if name == "image_newline" and name not in rates:
+        name = "projector"  # with which it is learnt in LLaVA-NeXT, unless it has a rate of its own
     matching = [prefix for prefix in rates if _has_prefix(name, prefix)]
     return rates[max(matching, key=len)] if matching else None
 

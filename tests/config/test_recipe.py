@@ -58,7 +58,9 @@ def test_settings_of_multimodal_stages_are_refused_elsewhere(kind: str, settings
         StageConfig.model_validate({"name": "a", "kind": kind, **settings})
 
 
-@pytest.mark.parametrize("prefix", ["vision_tower", "projector", "language_model", "language_model.model.layers.0"])
+@pytest.mark.parametrize(
+    "prefix", ["vision_tower", "projector", "language_model", "language_model.model.layers.0", "image_newline"]
+)
 def test_a_learning_rate_is_accepted_for_each_module_and_for_parts_of_it(prefix: str) -> None:
     assert StageConfig(name="a", kind="multimodal", train={prefix: 1e-3}).train == {prefix: 1e-3}
 
@@ -120,3 +122,38 @@ def test_a_recipe_cannot_be_changed_afterwards() -> None:
     recipe = load_recipe("tiny")
     with pytest.raises(ValidationError, match="frozen"):
         recipe.seed = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"scales": [2]}, r"'scales' must ascend from 1, got \[2\]"),
+        ({"scales": []}, "'scales' must ascend from 1"),
+        ({"scales": [1, 3, 3]}, "'scales' must ascend from 1"),
+        ({"scales": [1, 9]}, "'scales' goes up to 8"),
+        ({"scales": [1, 1.5]}, "scales"),
+        ({"scales": [1, 3], "resize_mode": "anyres"}, "'scales' needs resize_mode pad, crop or stretch, not anyres"),
+        ({"scales": [1, 3], "resize_mode": "encoder"}, "'scales' needs resize_mode pad, crop or stretch"),
+        ({"resize_mode": "anyres", "feature_select": "cls_patch"}, "needs feature_select patch"),
+        ({"grid_pinpoints": [[672, 336]]}, "'grid_pinpoints' belongs to resize_mode anyres, not pad"),
+        ({"resize_mode": "anyres", "grid_pinpoints": []}, "'grid_pinpoints' is empty"),
+        ({"resize_mode": "anyres", "grid_pinpoints": [[336]]}, "grid_pinpoints"),
+        ({"resize_mode": "square"}, "'pad', 'crop', 'stretch', 'encoder' or 'anyres'"),
+    ],
+)
+def test_views_of_an_image_that_do_not_go_together_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        VisionSource.model_validate({"name": "ViT-L-14-336", **settings})
+
+
+def test_the_preprocessing_of_an_encoder_needs_a_pretrained_one() -> None:
+    assert VisionSource(name="ViT-L-14-336", resize_mode="encoder").resize_mode == "encoder"
+    with pytest.raises(ValidationError, match="it needs 'name'"):
+        VisionSource(architecture={"embed_dim": 8}, resize_mode="encoder")
+
+
+@pytest.mark.parametrize("value", [0, 178_956_971])
+def test_the_limit_on_pixels_is_not_above_pillows(values: dict[str, Any], value: int) -> None:
+    values["data"]["max_pixels"] = value
+    with pytest.raises(ValidationError, match="max_pixels"):
+        Recipe.model_validate(values)

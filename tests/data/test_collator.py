@@ -26,6 +26,7 @@ def _encoded(ids: list[int], labels: list[int], *images: int) -> EncodedSample:
         "input_ids": np.asarray(ids, dtype=np.int32),
         "labels": np.asarray(labels, dtype=np.int32),
         "images": [np.full((2, 2, 3), value, dtype=np.uint8) for value in images],
+        "image_sizes": [(2, 2) for _ in images],
     }
 
 
@@ -54,6 +55,20 @@ def test_images_of_all_rows_are_stacked_in_reading_order() -> None:
 
 def test_a_batch_without_images_has_no_pixels() -> None:
     assert "pixel_values" not in ConversationCollator(PAD, _normalize)([_encoded([1], [1])])
+
+
+def test_tiles_of_all_rows_are_stacked_with_the_sizes_of_their_images() -> None:
+    def tiles(*values: int) -> np.ndarray:
+        return np.stack([np.full((2, 2, 3), value, dtype=np.uint8) for value in values])
+
+    samples = [_encoded([1], [1]), _encoded([1], [1]), _encoded([1], [1])]
+    samples[0] |= {"images": [tiles(1, 2), tiles(3)], "image_sizes": [(5, 9), (2, 3)]}
+    samples[2] |= {"images": [tiles(4, 5, 6)], "image_sizes": [(7, 1)]}
+    collate = ConversationCollator(PAD, lambda images: _normalize([tile for image in images for tile in image]))
+    batch = collate(samples)
+    assert batch["pixel_values"][:, 0, 0, 0].tolist() == [1, 2, 3, 4, 5, 6]
+    assert batch["image_sizes"].tolist() == [[5, 9], [2, 3], [7, 1]]
+    assert "image_sizes" not in collate([_encoded([1], [1])])
 
 
 class Source:
@@ -99,6 +114,14 @@ def _colours(sample: EncodedSample) -> list[str]:
 def test_images_come_in_the_order_of_their_places_in_the_text(source: Source) -> None:
     dataset = source.dataset()
     assert [_colours(dataset[i]) for i in range(len(dataset))] == [["red"], ["red", "blue"], ["red", "blue"]]
+
+
+def test_sizes_are_those_of_the_images_before_preparation(source: Source, tmp_path: Path) -> None:
+    Image.new("RGB", (4, 7), "red").save(tmp_path / "red.png")
+    for budget in (0, 2**20):
+        dataset = source.dataset(cache_bytes=budget)
+        for _ in range(2):
+            assert dataset[1]["image_sizes"] == [(7, 4), (4, 4)]
 
 
 def test_a_second_epoch_reads_everything_from_memory(source: Source) -> None:

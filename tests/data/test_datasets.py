@@ -386,6 +386,14 @@ class TestPreflight:
             word in text for word in ("cut.png", "truncated", "zero.png", "no.png", "record 7", "on_bad_sample: skip")
         )
 
+    def test_an_image_above_the_limit_on_pixels_is_a_fault(self, tmp_path: Path) -> None:
+        Image.new("RGB", (20, 10)).save(tmp_path / "large.png")
+        Image.new("RGB", (4, 4)).save(tmp_path / "small.png")
+        path = write_json(tmp_path, [record(image="large.png"), record(image="small.png")])
+        report = check_samples(open_samples(path), on_bad_sample="skip", max_pixels=199)
+        assert report.usable == (1,)
+        assert "20 x 10 = 200 pixels; the limit is 199" in report.faults[0].reason
+
     def test_skip_reports(self, source: SampleSource) -> None:
         calls: list[tuple[int, int]] = []
         report = check_samples(source, on_bad_sample="skip", progress=lambda done, total: calls.append((done, total)))

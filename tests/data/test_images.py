@@ -13,7 +13,15 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from symphony_vlm.data.images import check_image_present, image_bytes, image_from_base64, image_key, load_image
+from symphony_vlm.data.images import (
+    MAX_SIDE,
+    check_image_present,
+    image_bytes,
+    image_from_base64,
+    image_key,
+    image_size,
+    load_image,
+)
 from symphony_vlm.data.sample import ImageRef
 from symphony_vlm.errors import InputError
 
@@ -232,9 +240,45 @@ class TestFaults:
         with pytest.raises(InputError, match=r"20 x 10 = 200 pixels; the limit is 199"):
             load_image(ref(data), max_pixels=199)
 
+    def test_a_side_beyond_the_limit_is_refused_and_one_at_it_is_not(self) -> None:
+        data = encoded(Image.new("L", (MAX_SIDE, 1)), "PNG")
+        assert load_image(ref(data)).size == (MAX_SIDE, 1) and image_size(ref(data)) == (1, MAX_SIDE)
+        longer = ref(encoded(Image.new("L", (1, MAX_SIDE + 1)), "PNG"))
+        for read in (load_image, image_size):
+            with pytest.raises(InputError, match=r"row 12.*1 x 65,536 pixels; the limit is 65,535 a side.*Resize"):
+                read(longer)
+
     def test_postscript_is_not_executed(self) -> None:
         with pytest.raises(InputError, match="EPS"):
             load_image(ref(encoded(noise(), "EPS")))
+
+
+class TestSize:
+    @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP", "MPO"])
+    @pytest.mark.parametrize("orientation", [None, *range(1, 9)])
+    def test_the_header_has_the_size_of_the_upright_image(self, kind: str, orientation: int | None) -> None:
+        exif = Image.Exif()
+        if orientation is not None:
+            exif[0x0112] = orientation
+        data = encoded(noise(9, 5), kind, exif=exif)
+        image = load_image(ref(data))
+        assert image_size(ref(data)) == (image.height, image.width)
+        assert (image.width == 5) is (orientation in (5, 6, 7, 8))
+
+    @pytest.mark.parametrize("kind", ["GIF", "BMP", "PPM", "ICO"])
+    def test_formats_without_an_orientation(self, kind: str) -> None:
+        assert image_size(ref(encoded(noise(48, 32), kind))) == load_image(ref(encoded(noise(48, 32), kind))).size[::-1]
+
+    def test_nothing_but_the_header_is_read(self) -> None:
+        data = encoded(noise(64, 48), "JPEG")
+        assert image_size(ref(data[: len(data) // 2])) == (48, 64)
+
+    def test_what_cannot_be_read_is_refused_as_in_decoding(self) -> None:
+        for data in (b"", b"no image", png_with_size(60_000, 60_000)):
+            with pytest.raises(InputError, match="row 12"):
+                image_size(ref(data))
+        with pytest.raises(InputError, match="20 x 10 = 200 pixels; the limit is 199"):
+            image_size(ref(encoded(Image.new("RGB", (20, 10)), "PNG")), max_pixels=199)
 
 
 class TestBytesAndKeys:

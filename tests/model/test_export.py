@@ -567,7 +567,7 @@ def test_the_command_names_the_setting_and_exits_with_2(tmp_path: Path, capsys: 
     assert not (tmp_path / "stock").exists()
 
 
-@pytest.mark.parametrize("resize_mode", ["pad", "stretch"])
+@pytest.mark.parametrize("resize_mode", ["pad", "stretch", "crop"])
 def test_the_command_exports_a_vision_language_model_with_its_processor(
     tmp_path: Path, tiny_model_factory: Any, capsys: pytest.CaptureFixture[str], resize_mode: str
 ) -> None:

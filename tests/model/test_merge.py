@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from symphony_vlm.model.merge import merge_image_features, position_ids_from_mask
+from symphony_vlm.model.merge import images_of_rows, merge_image_features, position_ids_from_mask
 
 IMAGE, HIDDEN, PER_IMAGE = 9, 4, 2
 IDS_BS = torch.tensor([[1, 9, 9, 2, 9, 9], [9, 9, 3, 4, 0, 0]])
@@ -34,6 +34,33 @@ def test_swapping_two_images_changes_their_places_only() -> None:
     swapped = merge_image_features(embeds(IDS_BS), features(3)[[1, 0, 2]], IDS_BS, IMAGE)
     changed = (merged != swapped).any(-1)
     assert changed.tolist() == [[False, True, True, False, True, True], [False] * 6]
+
+
+def test_images_may_have_different_numbers_of_features() -> None:
+    ids = torch.tensor([[9, 1, 9, 9, 9], [2, 3, 9, 9, 0]])
+    parts = [torch.full((1, HIDDEN), 100.0), torch.full((3, HIDDEN), 200.0), torch.full((2, HIDDEN), 300.0)]
+    merged = merge_image_features(embeds(ids), parts, ids, IMAGE)
+    assert merged[..., 0].tolist() == [[100, -1, 200, 200, 200], [-2, -3, 300, 300, 0]]
+    with pytest.raises(ValueError, match=r"6 image placeholder tokens but 4 image features \(images of 1, 3\)"):
+        merge_image_features(embeds(ids), parts[:2], ids, IMAGE)
+
+
+@pytest.mark.parametrize(
+    ("placeholders", "tokens", "rows"),
+    [
+        ([4, 0, 2], [2, 2, 2], [[0, 1], [], [2]]),
+        ([5, 3], [1, 4, 3], [[0, 1], [2]]),
+        ([0, 0], [], [[], []]),
+    ],
+)
+def test_rows_have_their_images_in_order(placeholders: list[int], tokens: list[int], rows: list[list[int]]) -> None:
+    assert [list(row) for row in images_of_rows(placeholders, tokens)] == rows
+
+
+@pytest.mark.parametrize(("placeholders", "tokens"), [([3], [2, 2]), ([2, 2], [2]), ([1], [])])
+def test_rows_that_no_whole_images_fill_are_refused(placeholders: list[int], tokens: list[int]) -> None:
+    with pytest.raises(ValueError, match=f"{placeholders[-1]} image placeholder tokens in row"):
+        images_of_rows(placeholders, tokens)
 
 
 def test_without_images_the_embeddings_pass() -> None:

@@ -101,7 +101,7 @@ def test_images_stand_in_the_order_in_which_they_were_added(
     parts = session.history[2].parts
     assert parts == (ImagePart(index=1), ImagePart(index=2), TextPart(text="\nTwo."))
     features = calls[1]["image_features"]
-    assert features.shape[0] == 3
+    assert len(features) == 3
     assert torch.equal(features[0], features[2])
     assert not torch.equal(features[0], features[1])
 
@@ -110,10 +110,10 @@ def test_each_image_is_encoded_once(session: ChatSession, monkeypatch: pytest.Mo
     encoded = 0
     original = session.model.get_image_features
 
-    def count(pixels: torch.Tensor) -> torch.Tensor:
+    def count(pixel_values: torch.Tensor) -> list[torch.Tensor]:
         nonlocal encoded
-        encoded += len(pixels)
-        return original(pixels)
+        encoded += len(pixel_values)
+        return original(pixel_values)
 
     monkeypatch.setattr(session.model, "get_image_features", count)
     session.add_image(RED)

@@ -48,6 +48,20 @@ def test_the_empty_prefix_means_everything_and_a_whole_name_one_parameter() -> N
     assert _trainable(model) == {"head.bias"}
 
 
+def test_the_newline_of_tiles_is_learnt_with_the_projector_unless_it_has_a_rate_of_its_own() -> None:
+    model = nn.Module()
+    model.projector = nn.Linear(2, 2)
+    model.image_newline = nn.Parameter(torch.zeros(2))
+    freeze_except(model, {"projector": 1.0})
+    assert _trainable(model) == {"projector.weight", "projector.bias", "image_newline"}
+    (rate,) = {group["lr"] for group in parameter_groups(model, {"projector": 1.0}, 0.0)}
+    assert rate == 1.0
+    rates = {g["lr"]: len(g["params"]) for g in parameter_groups(model, {"projector": 1.0, "image_newline": 0.5}, 0.0)}
+    assert rates == {1.0: 2, 0.5: 1}
+    freeze_except(model, {"image_newline": 1.0})
+    assert _trainable(model) == {"image_newline"}
+
+
 def test_freezing_is_undone_by_the_next_stage() -> None:
     model = Model()
     freeze_except(model, {"head": 1.0})
