@@ -28,6 +28,7 @@ from transformers.cache_utils import Cache
 from symphony_vlm.data.images import ImageLike, open_image
 from symphony_vlm.data.sample import ImagePart, Message, TextPart
 from symphony_vlm.errors import InputError
+from symphony_vlm.model.attention import document_arguments
 from symphony_vlm.model.configuration import SymphonyVLMConfig
 from symphony_vlm.model.merge import merge_image_features, position_ids_from_mask
 from symphony_vlm.model.pretrained import SymphonyOutput, SymphonyPreTrainedModel
@@ -37,6 +38,7 @@ from symphony_vlm.model.registration import register
 from symphony_vlm.model.turns import separate_turns
 from symphony_vlm.model.vision import VisionConfig, build_vision_tower
 from symphony_vlm.moe.configuration import MoEConfig
+from symphony_vlm.moe.documents import Documents
 from symphony_vlm.moe.installation import install_moe_
 from symphony_vlm.moe.upcycle import upcycle_
 
@@ -79,6 +81,7 @@ class SymphonyVLMForConditionalGeneration(SymphonyPreTrainedModel, GenerationMix
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         turn_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> SymphonyOutput:
         """One pass over merged image and text tokens.
@@ -94,9 +97,11 @@ class SymphonyVLMForConditionalGeneration(SymphonyPreTrainedModel, GenerationMix
             labels: ``[B, S]``, -100 where nothing is learnt.
             num_items_in_batch: supervised tokens in the whole optimizer step, see `loss.training_loss`.
             turn_ids: ``[B, S]``, with `attention_mask`: turns that shall not see each other, see `turns`.
+            document_ids: ``[B, S]``, instead of `attention_mask` and `position_ids`: which document of a packed row
+                each token belongs to, -1 for padding, see `moe.documents`.
 
         Raises:
-            ValueError: placeholders and image features differ in number, or turn_ids came without attention_mask.
+            ValueError: placeholders and image features differ in number, or arguments exclude each other.
         """
         idle = None
         if image_features is None and pixel_values is not None:
@@ -111,7 +116,13 @@ class SymphonyVLMForConditionalGeneration(SymphonyPreTrainedModel, GenerationMix
             inputs_embeds = merge_image_features(text_BSD, image_features, input_ids, self.config.image_token_id)
         if idle is not None:
             inputs_embeds = inputs_embeds + idle
-        if turn_ids is not None:
+        if document_ids is not None:
+            others = (attention_mask, position_ids, past_key_values, turn_ids)
+            if any(other is not None for other in others):
+                raise ValueError("document_ids excludes attention_mask, position_ids, past_key_values and turn_ids")
+            kwargs |= document_arguments(Documents.from_ids(document_ids), self.language_model)
+            attention_mask, position_ids = kwargs.pop("attention_mask"), kwargs.pop("position_ids")
+        elif turn_ids is not None:
             if attention_mask is None:
                 raise ValueError("turn_ids needs attention_mask, which says where padding begins")
             attention_mask, position_ids = separate_turns(
