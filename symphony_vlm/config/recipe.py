@@ -145,6 +145,12 @@ class StageConfig(_Schema):
     independent_turns: bool = False
     """Whether the turns of a record are separate questions about its image: each sees the image and itself, not the
     turns before, exactly as if it stood alone, at a fraction of the cost."""
+    packing: bool = False
+    """Whether conversations share rows of up to `max_length` tokens, each seeing itself alone. `batch_size` then
+    counts rows."""
+    group_by: Literal["none", "length", "modality_length"] = "none"
+    """How batches are composed. none: at random. length: of samples of nearly equal length. modality_length: of samples
+    that all have an image or all have none, with nearly as many tokens in each process (LLaVA-1.5)."""
     bf16: bool = False
     gradient_checkpointing: bool = False
     dataloader_workers: int = Field(default=0, ge=0)
@@ -169,6 +175,12 @@ class StageConfig(_Schema):
             raise ValueError(f"'train' and 'upcycle' belong to multimodal stages; a {self.kind} stage trains one model")
         if self.kind != "multimodal" and self.independent_turns:
             raise ValueError("'independent_turns' belongs to multimodal stages")
+        if self.kind != "multimodal" and (self.packing or self.group_by != "none"):
+            raise ValueError("'packing' and 'group_by' belong to multimodal stages")
+        if self.packing and self.group_by != "none":
+            raise ValueError(f"'packing' makes rows of equal length; 'group_by: {self.group_by}' has nothing to group")
+        if self.packing and self.independent_turns:
+            raise ValueError("'packing' and 'independent_turns' exclude each other: set one of them to false")
         return self
 
 

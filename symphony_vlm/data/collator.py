@@ -63,6 +63,14 @@ class ConversationDataset(Dataset[EncodedSample]):
         ids, labels, order = self._encoded(index, sample)
         return {"input_ids": ids, "labels": labels, "images": [self._square(sample.images[i]) for i in order]}
 
+    def num_tokens(self, index: int) -> int:
+        """How many tokens a sample has, images included. No image is opened."""
+        return len(self._encoded(index, self._samples[index])[0])
+
+    def has_image(self, index: int) -> bool:
+        """Whether an image stands in a sample's text. It is not opened."""
+        return len(self._encoded(index, self._samples[index])[2]) > 0
+
     def _encoded(self, index: int, sample: Sample) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
         if index not in self._tokens:
             encoded = self._encode(sample)

@@ -9,6 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,12 +26,16 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from symphony_vlm.config.recipe import Recipe, StageConfig
 from symphony_vlm.data.collator import ConversationCollator, ConversationDataset
+from symphony_vlm.data.grouping import GroupedSampler
+from symphony_vlm.data.packing import PackedCollator
 from symphony_vlm.data.sample import Sample
 from symphony_vlm.errors import InputError
+from symphony_vlm.model.attention import attention_by_document
 from symphony_vlm.model.image_processor import SymphonyImageProcessor
 from symphony_vlm.model.processor import SymphonyVLMProcessor
 from symphony_vlm.model.vlm import SymphonyVLMForConditionalGeneration
 from symphony_vlm.moe.configuration import MoEConfig
+from symphony_vlm.training.batches import pack, train_sampler
 from symphony_vlm.training.callbacks import CheckpointMark, ExpertGraphUpdate, JsonLog, ProgressDisplay, RoutingLog
 from symphony_vlm.training.contrastive import CaptionCollator, ContrastiveModel, caption_dataset, save_open_clip
 from symphony_vlm.training.parts import assemble, new_image_processor, new_language_model
@@ -143,15 +148,23 @@ def _run_multimodal(stage: StageConfig, context: RunContext) -> None:
         partial(_normalize, processor.image_processor),
         model.config.image_token_id if stage.independent_turns else None,
     )
+    samples, held_out = dataset(train), dataset(validation)
+    parts: dict[str, Any] = {"train": samples, "validation": held_out, "collate": collate}
+    if stage.packing:
+        seed = context.recipe.seed
+        report = partial(context.console.print, markup=False)
+        parts["train"] = pack(samples, stage, seed=seed, report=report)
+        parts["validation"] = pack(held_out, stage, seed=seed)
+        parts["collate"] = PackedCollator(collate)
     callbacks: list[TrainerCallback] = [ExpertGraphUpdate()]
     if model.routing is not None:
         # A folder of its own: TensorBoard follows one growing file per folder.
         board = context.folder / "tensorboard" / stage.name / "routing"
         callbacks.append(RoutingLog(context.folder / stage.name / "routing.jsonl", model.routing, tensorboard=board))
-    trainer = _trainer(
-        stage, context, model, dataset(train), dataset(validation), collate, rates=stage.train, callbacks=callbacks
-    )
-    _fit(trainer, stage, context)
+    sampler = train_sampler(samples, stage, seed=context.recipe.seed)
+    trainer = _trainer(stage, context, model, **parts, rates=stage.train, callbacks=callbacks, sampler=sampler)
+    with attention_by_document(model.language_model) if stage.packing else nullcontext():
+        _fit(trainer, stage, context)
 
     def save(folder: Path) -> None:
         model.save_pretrained(folder)
@@ -186,6 +199,7 @@ def _trainer(
     rates: Mapping[str, float],
     callbacks: Sequence[TrainerCallback] = (),
     drop_last: bool = False,
+    sampler: GroupedSampler | None = None,
 ) -> StageTrainer:
     from torch.utils.tensorboard import SummaryWriter
 
@@ -239,6 +253,7 @@ def _trainer(
         eval_dataset=validation if has_validation else None,
         data_collator=collate,
         rates=rates,
+        sampler=sampler,
         callbacks=[
             *callbacks,
             JsonLog(context.folder / "log.jsonl", stage.name),
