@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -162,9 +163,9 @@ def test_flash_attention_hears_where_documents_begin(monkeypatch: pytest.MonkeyP
         assert attention_mask is None
         rows = [states.transpose(1, 2).flatten(0, 1) for states in (query, key, value)]
         ends = kwargs["cu_seq_lens_q"].tolist()
-        assert max(b - a for a, b in zip(ends, ends[1:], strict=False)) == kwargs["max_length_k"]
+        assert max(b - a for a, b in itertools.pairwise(ends)) == kwargs["max_length_k"]
         outputs = []
-        for a, b in zip(ends, ends[1:], strict=False):
+        for a, b in itertools.pairwise(ends):
             q, k, v = (states[a:b].transpose(0, 1)[None] for states in rows)
             outputs.append(sdpa_attention_forward(module, q, k, v, None, scaling=kwargs["scaling"])[0])
         return torch.cat(outputs, dim=1).view(*query.shape[:1], query.shape[2], -1, query.shape[3]), None
