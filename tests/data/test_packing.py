@@ -60,7 +60,7 @@ def test_many_conversations_fill_their_packs() -> None:
     """LLaVA-like: 576 image tokens and a tail of text. Of 2048 tokens, three such conversations leave some over."""
     generator = np.random.default_rng(0)
     lengths = (576 + generator.lognormal(4, 1, 20_000)).clip(20, 2048).astype(int).tolist()
-    for capacity, filled in ((2048, 0.9), (8192, 0.97)):
+    for capacity, filled in ((2048, 0.9), (8192, 0.96)):
         assert sum(lengths) / (capacity * len(pack_best_fit(lengths, capacity, seed=0))) > filled
 
 
