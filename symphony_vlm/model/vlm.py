@@ -21,6 +21,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin
 from transformers.cache_utils import Cache
@@ -108,7 +109,7 @@ class SymphonyVLMForConditionalGeneration(SymphonyPreTrainedModel, GenerationMix
             image_features = self.get_image_features(pixel_values)
         elif image_features is None and (past_key_values is None or past_key_values.get_seq_length() == 0):
             # In the place of the images' pass, as other ranks may be in it now.
-            idle = self._idle_vision_pass() if self._vision_is_sharded() else None
+            idle = self._idle_vision_pass() if self._others_wait_for_vision() else None
         if inputs_embeds is None:
             if input_ids is None:
                 raise ValueError("give input_ids or inputs_embeds")
@@ -149,6 +150,17 @@ class SymphonyVLMForConditionalGeneration(SymphonyPreTrainedModel, GenerationMix
         features_NPD: Tensor = self.projector(features_NPC)
         return features_NPD
 
+    def _others_wait_for_vision(self) -> bool:
+        """Whether other processes need this one in the tower and the projector, images or not.
+
+        Data parallelism of any kind waits for a gradient of each parameter that trains.
+        """
+        if self._vision_is_sharded():
+            return True
+        parallel = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        parameters = (*self.vision_tower.parameters(), *self.projector.parameters())
+        return parallel and self.training and torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
+
     def _vision_is_sharded(self) -> bool:
         """Whether FSDP2 (which gives modules an ``unshard``) or ZeRO-3 has spread the tower or the projector."""
         parameters = [*self.vision_tower.parameters(), *self.projector.parameters()]
@@ -156,10 +168,10 @@ class SymphonyVLMForConditionalGeneration(SymphonyPreTrainedModel, GenerationMix
         return sharded or hasattr(self, "unshard")
 
     def _idle_vision_pass(self) -> Tensor:
-        """Zero, by way of the tower and the projector.
+        """Zero, by way of the tower and the projector, whose gradients become zeros.
 
-        Sharded parameters are gathered, and their gradients reduced, by all ranks together: a rank whose batch has no
-        image must take part, or the others would wait for it for ever.
+        Sharded parameters are gathered, and gradients reduced, by all ranks together: a rank whose batch has no image
+        must take part, or the others would wait for it for ever.
         """
         modes = [(part, part.training) for part in (self.vision_tower, self.projector)]
         size = self.vision_tower.config.image_size
