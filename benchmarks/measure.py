@@ -32,6 +32,8 @@ class Case:
     """By name. The first is the baseline; the first result of each must be the baseline's."""
     whole: tuple[str, Work] | None = None
     """Name and work of what the contenders are a part of, which gives their times a scale; None: the baseline."""
+    items: tuple[str, int] | None = None
+    """What each contender's work gets through, and how many of it; results are then given as throughput."""
     tolerance: float = 0.0
     """Largest difference of a result from the baseline's, relative to the largest entry of that."""
 

@@ -2,15 +2,17 @@
 
 Example: python -m benchmarks.run router --json router.json
 
-A benchmark is a file here with a function ``cases(*, tiny, device)`` that yields `measure.Case`.
+A benchmark is a file here with a function ``cases(*, tiny, device)`` that yields `measure.Case`. One on data also takes
+``data`` and ``image_folder``.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -34,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = torch.device(options.device)
     plan = Plan(rounds=options.rounds, alternations=options.alternations, seconds=options.seconds)
     results: Results = []
-    for case in importlib.import_module(f"benchmarks.{options.name}").cases(tiny=options.tiny, device=device):
+    for case in _cases(options, device):
         print(_words(case), file=sys.stderr)
         results.append((case, measure(case, plan, device)))
     facts = provenance(benchmark=options.name, device=options.device, processor=_processor(), plan=asdict(plan))
@@ -46,10 +48,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"\n{largest(results)}")
 
 
+def _cases(options: argparse.Namespace, device: torch.device) -> Iterator[Case]:
+    cases = importlib.import_module(f"benchmarks.{options.name}").cases
+    given = {"data": options.data, "image_folder": options.image_folder}
+    given = {name: value for name, value in given.items() if value is not None}
+    if not given.keys() <= inspect.signature(cases).parameters.keys():
+        raise SystemExit(f"benchmark {options.name!r} takes no data")
+    yield from cases(tiny=options.tiny, device=device, **given)
+
+
 def markdown(results: Results) -> str:
     """A row per case: times of the whole and the baseline, and what the other contenders add to the baseline.
 
-    Percentages are shares of the whole.
+    Percentages are shares of the whole. A case that counts items gives how many each contender gets through in a
+    second, and the ratio to the baseline.
     """
     settings = list(results[0][0].settings)
     wholes = list(dict.fromkeys(case.whole[0] for case, _ in results if case.whole))
@@ -68,6 +80,9 @@ def _cell(case: Case, result: Result, name: str) -> str:
     if name not in result.timings:
         return ""
     timing = result.timings[name]
+    if case.items is not None:
+        ratio = next(iter(result.timings.values())).seconds / timing.seconds
+        return f"{case.items[1] / timing.seconds:,.1f} {case.items[0]}/s ({ratio:.2f}x)"
     if name == next(iter(case.contenders)):
         return f"{1e3 * timing.seconds:.3g} ms ({timing.seconds / result.whole:.2%})"
     share = f"{timing.difference / result.whole:+.2%}"
@@ -75,10 +90,10 @@ def _cell(case: Case, result: Result, name: str) -> str:
 
 
 def largest(results: Results) -> str:
-    """The largest share that each contender adds to the baseline, over the cases."""
+    """The largest share that each contender adds to the baseline, over the cases; nothing on cases that count items."""
     worst: dict[str, tuple[float, Case]] = {}
     for case, result in results:
-        for name, timing in list(result.timings.items())[1:]:
+        for name, timing in list(result.timings.items())[1:] if case.items is None else []:
             share = timing.difference / result.whole
             if name not in worst or share > worst[name][0]:
                 worst[name] = (share, case)
@@ -109,6 +124,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=0.005, help="shortest sample (default 0.005)")
     parser.add_argument("--threads", type=int, default=1, help="1 (default) counts processor time, more wall time")
     parser.add_argument("--device", default="cpu", help="where the work happens (default cpu)")
+    parser.add_argument("--data", type=Path, help="conversations, for a benchmark on data (default: generated)")
+    parser.add_argument("--image-folder", type=Path, help="base of the conversations' image paths")
     parser.add_argument("--tiny", action="store_true", help="sizes for a test of the benchmark itself")
     return parser.parse_args(arguments)
 

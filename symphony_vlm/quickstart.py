@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any, TextIO, cast
 
 from rich.console import Console
 
@@ -91,7 +91,9 @@ def _train_and_evaluate(
 
     torch.set_num_threads(threads)
     # Lines rather than bars, which several processes would draw over each other.
-    console = Console(file=_Prefixed(sys.stderr, f"{router}: "), quiet=quiet, highlight=False, soft_wrap=True)
+    console = Console(
+        file=cast("IO[str]", _Prefixed(sys.stderr, f"{router}: ")), quiet=quiet, highlight=False, soft_wrap=True
+    )
     train(recipe, output / router, console=console)
     evaluation = recipe.evaluation
     plan = EvaluationPlan(

@@ -137,6 +137,9 @@ class DataConfig(_Schema):
     validation_fraction: float = Field(default=0.02, ge=0.0, lt=1.0)
     """Share of the pictures (with all their records) held out of every stage; written to ``validation.jsonl``."""
     on_bad_sample: Literal["error", "skip"] = "error"
+    feature_cache: str | None = None
+    """Folder for the features of frozen vision towers (`cache_features` of a stage); default: ``features`` in the run's
+    folder. Runs may share one."""
     check_images: bool = True
     """Whether every image is decoded before training starts."""
     max_pixels: int = Field(default=MAX_PIXELS, gt=0, le=MAX_PIXELS)
@@ -172,9 +175,18 @@ class StageConfig(_Schema):
     adam_beta2: float = Field(default=0.999, gt=0, lt=1)
     max_grad_norm: float = Field(default=1.0, gt=0)
     max_length: int = Field(default=2048, gt=0)
+    cache_features: bool = False
+    """Whether a frozen vision tower sees every picture once, and the stage reads its output from `data.feature_cache`.
+    It takes disk space: about 1 MB a picture for CLIP-L/14-336 in 16 bits."""
     independent_turns: bool = False
     """Whether the turns of a record are separate questions about its image: each sees the image and itself, not the
     turns before, exactly as if it stood alone, at a fraction of the cost."""
+    packing: bool = False
+    """Whether conversations share rows of up to `max_length` tokens, each seeing itself alone. `batch_size` then
+    counts rows."""
+    group_by: Literal["none", "length", "modality_length"] = "none"
+    """How batches are composed. none: at random. length: of samples of nearly equal length. modality_length: of samples
+    that all have an image or all have none, with nearly as many tokens in each process (LLaVA-1.5)."""
     bf16: bool = False
     gradient_checkpointing: bool = False
     dataloader_workers: int = Field(default=0, ge=0)
@@ -199,6 +211,14 @@ class StageConfig(_Schema):
             raise ValueError(f"'train' and 'upcycle' belong to multimodal stages; a {self.kind} stage trains one model")
         if self.kind != "multimodal" and self.independent_turns:
             raise ValueError("'independent_turns' belongs to multimodal stages")
+        if self.kind != "multimodal" and (self.packing or self.group_by != "none"):
+            raise ValueError("'packing' and 'group_by' belong to multimodal stages")
+        if self.cache_features and (self.kind != "multimodal" or any(n.startswith("vision_tower") for n in self.train)):
+            raise ValueError("'cache_features' needs a multimodal stage in which the vision tower is frozen")
+        if self.packing and self.group_by != "none":
+            raise ValueError(f"'packing' makes rows of equal length; 'group_by: {self.group_by}' has nothing to group")
+        if self.packing and self.independent_turns:
+            raise ValueError("'packing' and 'independent_turns' exclude each other: set one of them to false")
         return self
 
 

@@ -27,8 +27,9 @@ class EncodedSample(TypedDict):
 
     input_ids: np.ndarray
     labels: np.ndarray
-    images: list[np.ndarray]
-    """Prepared images in placeholder order: uint8 squares, or the tiles of an image, ``[tiles, size, size, 3]``."""
+    images: list[Any]
+    """Prepared images in placeholder order: uint8 squares, or the tiles of an image, ``[tiles, size, size, 3]``; or,
+    from a cache of a frozen tower, features ``[tiles, P, C]``."""
     image_sizes: list[tuple[int, int]]
     """Height and width of each image before it was prepared."""
 
@@ -42,6 +43,7 @@ class ConversationDataset(Dataset[EncodedSample]):
         to_square: the geometric part of image preparation, to a uint8 ``[size, size, 3]`` or
             ``[tiles, size, size, 3]`` array.
         load: opens an image.
+        features: a frozen tower's features of an image and its height and width, instead of preparing it.
         cache_bytes: how much memory prepared images and tokens may take; later epochs read them from there.
     """
 
@@ -52,12 +54,14 @@ class ConversationDataset(Dataset[EncodedSample]):
         encode: Callable[[Sample], EncodedConversation],
         to_square: Callable[[Any], np.ndarray],
         load: Callable[[ImageRef], Image.Image] = load_image,
+        features: Callable[[ImageRef], tuple[Tensor, tuple[int, int]]] | None = None,
         cache_bytes: int = 2**30,
     ) -> None:
         self._samples = samples
         self._encode = encode
         self._to_square = to_square
         self._load = load
+        self._features = features or self._square
         self._budget = cache_bytes
         self._images: dict[str, np.ndarray] = {}
         self._sizes: dict[str, tuple[int, int]] = {}
@@ -69,9 +73,17 @@ class ConversationDataset(Dataset[EncodedSample]):
     def __getitem__(self, index: int) -> EncodedSample:
         sample = self._samples[index]
         ids, labels, order = self._encoded(index, sample)
-        prepared = [self._square(sample.images[i]) for i in order]
+        prepared = [self._features(sample.images[i]) for i in order]
         images, sizes = [image for image, _ in prepared], [size for _, size in prepared]
         return {"input_ids": ids, "labels": labels, "images": images, "image_sizes": sizes}
+
+    def num_tokens(self, index: int) -> int:
+        """How many tokens a sample has, images included. No image is opened."""
+        return len(self._encoded(index, self._samples[index])[0])
+
+    def has_image(self, index: int) -> bool:
+        """Whether an image stands in a sample's text. It is not opened."""
+        return len(self._encoded(index, self._samples[index])[2]) > 0
 
     def _encoded(self, index: int, sample: Sample) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
         if index not in self._tokens:
@@ -108,12 +120,16 @@ class ConversationCollator:
     """Prepared images to ``[T, 3, H, W]``."""
     independent_turns_after: int | None = None
     """The image token, if the turns after a record's image are separate questions; see `turn_ids`."""
+    no_features: Tensor | None = None
+    """``[0, P, C]``, if images come as features of a frozen tower. Batches without an image hold it, so that all
+    processes know of a stage that its tower does not run."""
 
     def __call__(self, samples: Sequence[EncodedSample]) -> dict[str, Tensor]:
         """``input_ids``, ``labels``, ``attention_mask`` ``[B, S]`` and, if there are images, ``pixel_values``.
 
         Where the images are tiles also ``image_sizes`` ``[N, 2]``.
-        With independent turns also ``turn_ids`` ``[B, S]``.
+        With independent turns also ``turn_ids`` ``[B, S]``. With a cache of features ``vision_features``
+        ``[T, P, C]`` in the place of ``pixel_values``.
         """
         longest = max(len(sample["input_ids"]) for sample in samples)
         ids = torch.full((len(samples), longest), self.pad_token_id, dtype=torch.long)
@@ -128,11 +144,13 @@ class ConversationCollator:
         if self.independent_turns_after is not None:
             batch["turn_ids"] = turn_ids(ids, labels, self.independent_turns_after)
         images = [image for sample in samples for image in sample["images"]]
-        if images:
+        cached = self.no_features is not None
+        if self.no_features is not None:
+            batch["vision_features"] = torch.cat([self.no_features, *images])
+        elif images:
             batch["pixel_values"] = self.normalize(images)
-            if images[0].ndim == 4:
-                sizes = [size for sample in samples for size in sample["image_sizes"]]
-                batch["image_sizes"] = torch.tensor(sizes)
+        if images and (cached or images[0].ndim == 4):
+            batch["image_sizes"] = torch.tensor([size for sample in samples for size in sample["image_sizes"]])
         return batch
 
 

@@ -22,6 +22,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin
 from transformers.cache_utils import Cache
@@ -30,6 +31,7 @@ from symphony_vlm.data.images import ImageLike, open_image
 from symphony_vlm.data.sample import ImagePart, Message, TextPart
 from symphony_vlm.errors import InputError
 from symphony_vlm.model.anyres import new_image_newline, pack_image_features, tile_grid_of
+from symphony_vlm.model.attention import document_arguments
 from symphony_vlm.model.configuration import SymphonyVLMConfig
 from symphony_vlm.model.merge import images_of_rows, merge_image_features, position_ids_from_mask
 from symphony_vlm.model.pretrained import SymphonyOutput, SymphonyPreTrainedModel
@@ -39,6 +41,7 @@ from symphony_vlm.model.registration import register
 from symphony_vlm.model.turns import separate_turns
 from symphony_vlm.model.vision import VisionConfig, build_vision_tower
 from symphony_vlm.moe.configuration import MoEConfig
+from symphony_vlm.moe.documents import Documents
 from symphony_vlm.moe.installation import install_moe_
 from symphony_vlm.moe.upcycle import upcycle_
 
@@ -78,6 +81,7 @@ class SymphonyVLMForConditionalGeneration(SymphonyPreTrainedModel, GenerationMix
         input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
         image_sizes: Tensor | None = None,
+        vision_features: Tensor | None = None,
         image_features: Sequence[Tensor] | Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
@@ -86,6 +90,7 @@ class SymphonyVLMForConditionalGeneration(SymphonyPreTrainedModel, GenerationMix
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         turn_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> SymphonyOutput:
         """One pass over merged image and text tokens.
@@ -94,6 +99,7 @@ class SymphonyVLMForConditionalGeneration(SymphonyPreTrainedModel, GenerationMix
             input_ids: ``[B, S]``, with a placeholder for each feature of each image.
             pixel_values: ``[T, 3, H, W]``, the images (their tiles) of all sequences in reading order.
             image_sizes: ``[N, 2]``, height and width of each image; needed where images become tiles.
+            vision_features: ``[T, P, C]``, the vision tower's output, instead of `pixel_values`; T may be 0.
             image_features: ``[n_i, D]`` of each image, output of `get_image_features`, instead of `pixel_values`.
             attention_mask: ``[B, S]``, 1 for real tokens; padding may be on either side.
             position_ids: ``[B, S]``; default: counted over real tokens.
@@ -102,16 +108,20 @@ class SymphonyVLMForConditionalGeneration(SymphonyPreTrainedModel, GenerationMix
             labels: ``[B, S]``, -100 where nothing is learnt.
             num_items_in_batch: supervised tokens in the whole optimizer step, see `loss.training_loss`.
             turn_ids: ``[B, S]``, with `attention_mask`: turns that shall not see each other, see `turns`.
+            document_ids: ``[B, S]``, instead of `attention_mask` and `position_ids`: which document of a packed row
+                each token belongs to, -1 for padding, see `moe.documents`.
 
         Raises:
-            ValueError: placeholders and image features differ in number, or turn_ids came without attention_mask.
+            ValueError: placeholders and image features differ in number, or arguments exclude each other.
         """
         idle = None
-        if image_features is None and pixel_values is not None:
+        if image_features is None and vision_features is not None and len(vision_features):
+            image_features = self.project_image_features(vision_features, image_sizes)
+        elif image_features is None and pixel_values is not None:
             image_features = self.get_image_features(pixel_values, image_sizes)
         elif image_features is None and (past_key_values is None or past_key_values.get_seq_length() == 0):
             # In the place of the images' pass, as other ranks may be in it now.
-            idle = self._idle_vision_pass() if self._vision_is_sharded() else None
+            idle = self._idle_vision_pass(vision_features) if self._others_wait_for_vision() else None
         if inputs_embeds is None:
             if input_ids is None:
                 raise ValueError("give input_ids or inputs_embeds")
@@ -119,7 +129,13 @@ class SymphonyVLMForConditionalGeneration(SymphonyPreTrainedModel, GenerationMix
             inputs_embeds = merge_image_features(text_BSD, image_features, input_ids, self.config.image_token_id)
         if idle is not None:
             inputs_embeds = inputs_embeds + idle
-        if turn_ids is not None:
+        if document_ids is not None:
+            others = (attention_mask, position_ids, past_key_values, turn_ids)
+            if any(other is not None for other in others):
+                raise ValueError("document_ids excludes attention_mask, position_ids, past_key_values and turn_ids")
+            kwargs |= document_arguments(Documents.from_ids(document_ids), self.language_model)
+            attention_mask, position_ids = kwargs.pop("attention_mask"), kwargs.pop("position_ids")
+        elif turn_ids is not None:
             if attention_mask is None:
                 raise ValueError("turn_ids needs attention_mask, which says where padding begins")
             attention_mask, position_ids = separate_turns(
@@ -153,7 +169,8 @@ class SymphonyVLMForConditionalGeneration(SymphonyPreTrainedModel, GenerationMix
         Raises:
             ValueError: images become tiles, and `image_sizes` is missing or of other images.
         """
-        features_TPD: Tensor = self.projector(features_TPC)
+        dtype = next(self.language_model.parameters()).dtype
+        features_TPD: Tensor = self.projector(features_TPC.to(dtype))
         if self.tile_grid is None:
             return list(features_TPD)
         if image_sizes is None:
@@ -162,17 +179,30 @@ class SymphonyVLMForConditionalGeneration(SymphonyPreTrainedModel, GenerationMix
         assert self.image_newline is not None
         return pack_image_features(features_TPD, sizes, self.tile_grid, self.image_newline)
 
+    def _others_wait_for_vision(self) -> bool:
+        """Whether other processes need this one in the tower and the projector, images or not.
+
+        Data parallelism of any kind waits for a gradient of each parameter that trains.
+        """
+        if self._vision_is_sharded():
+            return True
+        parallel = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        parameters = (*self.vision_tower.parameters(), *self.projector.parameters())
+        return parallel and self.training and torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
+
     def _vision_is_sharded(self) -> bool:
         """Whether FSDP2 (which gives modules an ``unshard``) or ZeRO-3 has spread the tower or the projector."""
         parameters = [*self.vision_tower.parameters(), *self.projector.parameters()]
         sharded = any(hasattr(parameter, "full_tensor") or hasattr(parameter, "ds_id") for parameter in parameters)
         return sharded or hasattr(self, "unshard")
 
-    def _idle_vision_pass(self) -> Tensor:
-        """Zero, by way of the tower and the projector.
+    def _idle_vision_pass(self, vision_features: Tensor | None) -> Tensor:
+        """Zero, by way of the tower and the projector, whose gradients become zeros.
 
-        Sharded parameters are gathered, and their gradients reduced, by all ranks together: a rank whose batch has no
-        image must take part, or the others would wait for it for ever.
+        With `vision_features` (none of them here) the tower runs nowhere, and not here either.
+
+        Sharded parameters are gathered, and gradients reduced, by all ranks together: a rank whose batch has no image
+        must take part, or the others would wait for it for ever.
         """
         modes = [(part, part.training) for part in (self.vision_tower, self.projector)]
         size = self.vision_tower.config.input_size
@@ -182,8 +212,11 @@ class SymphonyVLMForConditionalGeneration(SymphonyPreTrainedModel, GenerationMix
                 part.eval()  # a blank image must not enter running means
             with recorder:
                 dtype = next(self.language_model.parameters()).dtype
-                pixels = torch.zeros(1, 3, size, size, device=self.device, dtype=dtype)
-                features_NPD = self.projector(self.vision_tower(pixels))
+                if vision_features is None:
+                    features_NPC = self.vision_tower(torch.zeros(1, 3, size, size, device=self.device, dtype=dtype))
+                else:
+                    features_NPC = vision_features.new_zeros(1, *vision_features.shape[1:]).to(dtype)
+                features_NPD = self.projector(features_NPC)
         finally:
             for part, mode in modes:
                 part.train(mode)

@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from symphony_vlm.errors import InputError
 from symphony_vlm.moe.configuration import MoEConfig
+from symphony_vlm.moe.documents import Documents, window_mask
 from symphony_vlm.moe.precision import KeepsPrecision
 
 __all__ = [
@@ -46,6 +47,13 @@ class AttentionCall:
     """``[B or 1, S]``; where they start again, a packed document begins."""
     cache: Cache | None = None
     probabilities_BHSL: Tensor | None = None
+    documents: Documents | None = None
+    """Of a packed batch."""
+    sliding_window: int | None = None
+
+    def within_document(self, length: int, device: torch.device) -> AttentionCall:
+        """The same call as if a document of that length had been alone."""
+        return AttentionCall(shape=(1, length), attention_mask=window_mask(length, self.sliding_window, device))
 
 
 class TokenGraph(KeepsPrecision):
@@ -79,6 +87,14 @@ class TokenGraph(KeepsPrecision):
                 "a sequence. It hears that from the attention layer before it: run the language model, not the sparse "
                 "layer alone."
             )
+        if call.documents is not None and call.probabilities_BHSL is None:
+            # One after the other: over the whole row the graph would be mostly zeros.
+            pieces = zip(*(part.split(call.documents.lengths) for part in (x_TD, *values_TE)), strict=True)
+            mixed = [self._mix(call.within_document(len(piece[0]), x_TD.device), *piece) for piece in pieces]
+            return tuple(torch.cat(parts) for parts in zip(*mixed, strict=True))
+        return self._mix(call, x_TD, *values_TE)
+
+    def _mix(self, call: AttentionCall, x_TD: Tensor, *values_TE: Tensor) -> tuple[Tensor, ...]:
         x_BSD = x_TD.float().view(*call.shape, -1)
         new = [self.keys(x_BSD), *(values.view(*call.shape, -1) for values in values_TE)]
         keys_BLR, *values_BLE = new if call.cache is None else self._with_past(call.cache, new)
@@ -107,6 +123,11 @@ class TokenGraph(KeepsPrecision):
             position_ids=kwargs.get("position_ids"),
             cache=kwargs.get("past_key_values"),
             probabilities_BHSL=output[1] if isinstance(output, tuple) and len(output) > 1 else None,
+            documents=kwargs.get("documents"),
+            # As the families' attention layers themselves look for it.
+            sliding_window=getattr(
+                module, "sliding_window", getattr(getattr(module, "config", None), "sliding_window", None)
+            ),
         )
 
     def _with_past(self, cache: Cache, new: list[Tensor]) -> list[Tensor]:

@@ -9,6 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from PIL import Image
 from rich.console import Console
 from torch import nn
 from transformers import TrainerCallback, TrainerState, TrainingArguments, set_seed
@@ -24,16 +26,21 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from symphony_vlm.config.recipe import Recipe, StageConfig
 from symphony_vlm.data.collator import ConversationCollator, ConversationDataset
+from symphony_vlm.data.grouping import GroupedSampler
 from symphony_vlm.data.images import load_image
-from symphony_vlm.data.sample import Sample
+from symphony_vlm.data.packing import PackedCollator
+from symphony_vlm.data.sample import ImageRef, Sample
 from symphony_vlm.errors import InputError
+from symphony_vlm.model.attention import attention_by_document
 from symphony_vlm.model.processor import SymphonyVLMProcessor
 from symphony_vlm.model.vlm import SymphonyVLMForConditionalGeneration
 from symphony_vlm.moe.configuration import MoEConfig
+from symphony_vlm.training.batches import pack, train_sampler
 from symphony_vlm.training.callbacks import CheckpointMark, ExpertGraphUpdate, JsonLog, ProgressDisplay, RoutingLog
 from symphony_vlm.training.contrastive import CaptionCollator, ContrastiveModel, caption_dataset, save_open_clip
+from symphony_vlm.training.features import CachedFeatures, fill_feature_cache
 from symphony_vlm.training.parts import assemble, new_image_processor, new_language_model
-from symphony_vlm.training.run_data import RunData
+from symphony_vlm.training.run_data import RunData, SampleList
 from symphony_vlm.training.run_state import RunState, last_checkpoint
 from symphony_vlm.training.text import TextBlocks
 from symphony_vlm.training.trainer import StageTrainer, freeze_except
@@ -137,32 +144,64 @@ def _run_multimodal(stage: StageConfig, context: RunContext) -> None:
         assert context.recipe.model.moe is not None
         model.upcycle_(MoEConfig.from_dict(context.recipe.model.moe), seed=context.recipe.seed)
     freeze_except(model, stage.train)
+    load_rgb = partial(load_image, max_pixels=context.recipe.data.max_pixels)
+    cached = _cached_features(model, [train, validation], context, load_rgb) if stage.cache_features else None
     dataset = partial(
         ConversationDataset,
         encode=partial(_encode, processor, stage),
         to_square=processor.image_processor.prepare,
-        load=partial(load_image, max_pixels=context.recipe.data.max_pixels),
+        load=load_rgb,
+        features=cached,
     )
     collate = ConversationCollator(
         processor.tokenizer.pad_token_id,
         processor.image_processor.normalize,
         model.config.image_token_id if stage.independent_turns else None,
+        None if cached is None else torch.empty(0, model.vision_tower.num_tokens, model.vision_tower.hidden_size),
     )
+    samples, held_out = dataset(train), dataset(validation)
+    parts: dict[str, Any] = {"train": samples, "validation": held_out, "collate": collate}
+    if stage.packing:
+        seed = context.recipe.seed
+        report = partial(context.console.print, markup=False)
+        parts["train"] = pack(samples, stage, seed=seed, report=report)
+        parts["validation"] = pack(held_out, stage, seed=seed)
+        parts["collate"] = PackedCollator(collate)
     callbacks: list[TrainerCallback] = [ExpertGraphUpdate()]
     if model.routing is not None:
         # A folder of its own: TensorBoard follows one growing file per folder.
         board = context.folder / "tensorboard" / stage.name / "routing"
         callbacks.append(RoutingLog(context.folder / stage.name / "routing.jsonl", model.routing, tensorboard=board))
-    trainer = _trainer(
-        stage, context, model, dataset(train), dataset(validation), collate, rates=stage.train, callbacks=callbacks
-    )
-    _fit(trainer, stage, context)
+    sampler = train_sampler(samples, stage, seed=context.recipe.seed)
+    trainer = _trainer(stage, context, model, **parts, rates=stage.train, callbacks=callbacks, sampler=sampler)
+    with attention_by_document(model.language_model) if stage.packing else nullcontext():
+        _fit(trainer, stage, context)
 
     def save(folder: Path) -> None:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
 
     _replace_folder(context.model_folder(stage.name), save)
+
+
+def _cached_features(
+    model: SymphonyVLMForConditionalGeneration,
+    samples: Sequence[SampleList],
+    context: RunContext,
+    load: Callable[[ImageRef], Image.Image],
+) -> CachedFeatures:
+    if model.config.moe_config is not None and "vision" in model.config.moe_config.modules:
+        raise InputError(
+            "experts in the vision tower have losses and graphs of their own, which need it to run",
+            where="stage.cache_features",
+            remedy="Set cache_features: false.",
+        )
+    assert model.processor is not None
+    folder = Path(context.recipe.data.feature_cache or context.folder / "features").expanduser()
+    if torch.cuda.is_available():
+        model.vision_tower.to(PartialState().device)
+    image_processor = model.processor.image_processor
+    return fill_feature_cache(model.vision_tower, image_processor, samples, folder, context.console, load=load)
 
 
 def _starting_model(stage: StageConfig, context: RunContext) -> SymphonyVLMForConditionalGeneration:
@@ -191,6 +230,7 @@ def _trainer(
     rates: Mapping[str, float],
     callbacks: Sequence[TrainerCallback] = (),
     drop_last: bool = False,
+    sampler: GroupedSampler | None = None,
 ) -> StageTrainer:
     from torch.utils.tensorboard import SummaryWriter
 
@@ -244,6 +284,7 @@ def _trainer(
         eval_dataset=validation if has_validation else None,
         data_collator=collate,
         rates=rates,
+        sampler=sampler,
         callbacks=[
             *callbacks,
             JsonLog(context.folder / "log.jsonl", stage.name),

@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer with learning rates by module and a log of every part of the loss."""
+"""Hugging Face's Trainer with learning rates by module, an order of samples and a log of every part of the loss."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainerState
 
 from symphony_vlm.data.conversation import IGNORE_INDEX
+from symphony_vlm.data.grouping import GroupedSampler
 from symphony_vlm.errors import InputError
 from symphony_vlm.moe.statistics import sum_over_processes
 from symphony_vlm.text import nearest
 
-__all__ = ["StageTrainer", "freeze_except", "parameter_groups"]
+__all__ = ["EpochOrder", "StageTrainer", "freeze_except", "parameter_groups"]
 
 
 def freeze_except(model: nn.Module, rates: Mapping[str, float]) -> None:
@@ -64,17 +65,38 @@ def _share_of_step(labels: Tensor, num_items_in_batch: Tensor | int | None) -> T
     return 1.0 if num_items_in_batch is None else (labels[:, 1:] != IGNORE_INDEX).sum() / num_items_in_batch
 
 
+class EpochOrder(TrainerCallback):
+    """Tells a sampler which epoch begins.
+
+    The data loader tells it too, but in a continued run with several processes its words stop at the wrapper that
+    skips the batches already seen.
+    """
+
+    def __init__(self, sampler: GroupedSampler) -> None:
+        self._sampler = sampler
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """A continued epoch has a fraction."""
+        self._sampler.set_epoch(int(state.epoch or 0))
+
+
 class StageTrainer(Trainer):
     """Trainer of one stage.
 
     Args:
         rates: learning rate by module prefix; the empty prefix matches everything.
+        sampler: the order of the training samples; None: at random.
     """
 
-    def __init__(self, *args: Any, rates: Mapping[str, float], **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, rates: Mapping[str, float], sampler: GroupedSampler | None = None, **kwargs: Any
+    ) -> None:
         self.optimizer: torch.optim.Optimizer | None = None
         super().__init__(*args, **kwargs)
         self._rates = rates
+        self._sampler = sampler
+        if sampler is not None:
+            self.add_callback(EpochOrder(sampler))
         # By name the weighted sum and the sum of weights: a micro-batch without images has no losses of layers there.
         self._parts: dict[str, Tensor] = {}
 
@@ -87,6 +109,9 @@ class StageTrainer(Trainer):
                 groups, lr=self.args.learning_rate, betas=betas, eps=self.args.adam_epsilon, fused=True
             )
         return self.optimizer
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return super()._get_train_sampler(train_dataset) if self._sampler is None else self._sampler
 
     def compute_loss(
         self,
