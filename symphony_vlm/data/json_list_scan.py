@@ -85,12 +85,11 @@ class ListScanner:
         while True:
             try:
                 _, end = self._raw_decode(self._text, self._at)
-                # A number or a word at the window's end may go on behind it.
-                if end < len(self._text) or not self._more():
+                # A number at the window's end may go on behind it ("1" of "1.5e-7").
+                if not (self._near_end(end) and self._more()):
                     break
             except json.JSONDecodeError as error:
-                cut = error.msg.startswith("Unterminated string") or error.pos > len(self._text) - _LONGEST_TOKEN
-                if not (cut and self._more()):
+                if not (self._may_be_cut(error) and self._more()):
                     self._fail(error.msg, error.pos)
             except RecursionError:
                 self._fail("brackets are nested too deeply", self._at)
@@ -102,6 +101,12 @@ class ListScanner:
         spans.extend((start, self._byte))
         if self._byte - start > MAX_RECORD_BYTES:
             self._fail_too_long(len(spans) // 2 - 1)
+
+    def _near_end(self, at: int) -> bool:
+        return at > len(self._text) - _LONGEST_TOKEN
+
+    def _may_be_cut(self, error: json.JSONDecodeError) -> bool:
+        return self._near_end(error.pos) or error.msg.startswith("Unterminated string")
 
     def _next(self) -> str:
         """The next character that is no white space, or "" at the end of the file."""
@@ -159,14 +164,14 @@ class ListScanner:
         raise too_long(f"{self._name}: record {index}", None)
 
     def _refuse_other_top_level(self) -> NoReturn:
-        kind = "an object"
+        kind = "an object" if self._text[self._at : self._at + 1] == "{" else "no list"
         try:
             value, _ = self._raw_decode(self._text, self._at)
             fields = f"an object with the fields {', '.join(list(value)[:8])}" if isinstance(value, dict) else ""
             kind = fields or repr(value)[:60]
         except json.JSONDecodeError as error:
-            # An object that goes on behind the window is one all the same; anything else is a fault.
-            if self._text[self._at : self._at + 1] != "{" or not self._more():
+            # An object that goes on behind the window is refused all the same; there is no need to read it.
+            if not (self._may_be_cut(error) and self._more()):
                 self._fail(error.msg, error.pos)
         except RecursionError:
             self._fail("brackets are nested too deeply", self._at)
