@@ -1,7 +1,8 @@
-"""Open a training or evaluation file as a sequence of samples, whatever its format.
+"""Open a training or evaluation data set as a sequence of samples, whatever its format.
 
-This file decides which reader a path gets and holds what they return; ``json_records.py`` and ``tables.py`` read the
-formats, ``records.py`` checks one record, ``preflight.py`` checks a whole source and ``split.py`` divides it.
+This file decides which reader a path gets and holds what they return; ``json_records.py``, ``tables.py``,
+``tar_records.py`` and ``hub.py`` read the formats, ``records.py`` checks one record, ``preflight.py`` checks a whole
+source and ``split.py`` divides it.
 """
 
 from __future__ import annotations
@@ -11,26 +12,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, overload
 
+from symphony_vlm.data.data_files import find_data_files
+from symphony_vlm.data.hub import is_hub_id, open_hub_table
 from symphony_vlm.data.json_records import read_json_lines, read_json_list
 from symphony_vlm.data.preflight import Fault, PreflightReport, check_samples
-from symphony_vlm.data.records import RecordForm, sample_from_record
+from symphony_vlm.data.records import sample_from_record
 from symphony_vlm.data.sample import Sample
 from symphony_vlm.data.split import split_by_image
-from symphony_vlm.data.tables import open_table
+from symphony_vlm.data.tables import open_saved_table, open_table_files
+from symphony_vlm.data.tar_records import TarRecords
 from symphony_vlm.errors import InputError
 
 __all__ = ["Fault", "PreflightReport", "SampleSource", "check_samples", "open_samples", "split_by_image"]
-
-_FORMATS = (
-    ".json (a list of LLaVA records), .jsonl (one a line), .parquet, a folder of .parquet files, "
-    "or a folder saved by datasets.Dataset.save_to_disk"
-)
 
 
 class _Records(Protocol):
     """What a reader hands over: raw records, each parsed when asked for."""
 
-    fingerprint: str
+    @property
+    def fingerprint(self) -> str: ...
 
     def __len__(self) -> int: ...
 
@@ -43,21 +43,20 @@ class SampleSource(Sequence[Sample]):
     """The samples of one file or folder; each is built, and checked, when it is asked for.
 
     Args:
-        path: The file or folder.
+        path: The file or folder, or the name of a hub data set.
         records: Its raw records.
-        form: Which form they have.
         image_folder: What relative image paths are relative to.
     """
 
-    def __init__(self, *, path: Path, records: _Records, form: RecordForm, image_folder: Path) -> None:
+    def __init__(self, *, path: Path, records: _Records, image_folder: Path) -> None:
         self.path = path
         self.image_folder = image_folder
         self._records = records
-        self._form: RecordForm = form
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of the file's content (of a folder: of its data files' names and contents)."""
+        """sha256 of the file's content (of a folder: of its data files' names and contents; of tar shards: of their
+        and their members' names, sizes and times)."""
         return self._records.fingerprint
 
     def __len__(self) -> int:
@@ -83,45 +82,58 @@ class SampleSource(Sequence[Sample]):
     def _sample(self, index: int) -> Sample:
         return sample_from_record(
             self._records[index],
-            form=self._form,
             where=f"{self.path.name}: {self._records.label(index)}",
             index=index,
             image_folder=self.image_folder,
         )
 
 
-def open_samples(path: Path, *, image_folder: Path | None = None) -> SampleSource:
-    """Open a data file by its extension.
+def open_samples(
+    path: str | Path, *, image_folder: str | Path | None = None, split: str | None = None, subset: str | None = None
+) -> SampleSource:
+    """Open a data set: a file by its extension, a folder by what it holds, or a data set of the Hugging Face hub.
 
     Args:
-        path: ``.json``, ``.jsonl``, ``.parquet``, a folder of parquet files, or a folder written by
-            ``datasets.Dataset.save_to_disk``.
-        image_folder: What relative image paths are relative to; by default the folder of the data file.
+        path: ``.json``, ``.jsonl``, ``.parquet``, ``.arrow`` or ``.tar`` (webdataset); a folder of the last three (or
+            with these in its folder ``data``, as repositories of the hub have them); a folder written by ``datasets``'
+            ``save_to_disk``; or ``organisation/name`` on the hub if there is no such path.
+        image_folder: What relative image paths are relative to; by default the folder of the data file (the working
+            directory for a hub data set).
+        split: Which split, where there are several; needed then.
+        subset: Which configuration of a hub data set, where it has several.
 
     Raises:
-        InputError: Missing, of an unknown format, unreadable as that format, or without records. Faults of single
-            records are raised when the record is asked for; `check_samples` finds them all.
+        InputError: Missing, of an unknown format, unreadable as that format, with several splits of which none is
+            chosen, or without records. Faults of single records are raised when the record is asked for;
+            `check_samples` finds them all.
     """
-    path = Path(path)
-    if not path.exists():
-        raise InputError("does not exist", where=str(path), remedy=f"Relative paths start at {Path.cwd()}.")
+    name, path = Path(path).as_posix(), Path(path)
     if image_folder is not None and not Path(image_folder).is_dir():
         raise InputError("is not a folder", where=f"image folder {str(image_folder)!r}")
-    folder = Path(image_folder) if image_folder is not None else path if path.is_dir() else path.parent
-    suffix = path.suffix.lower()
-    form: RecordForm = "conversation"
     records: _Records
-    if path.is_dir() or suffix == ".parquet":
-        records = table = open_table(path)
-        form = table.form
-    elif suffix in (".json", ".jsonl"):
-        records = read_json_list(path) if suffix == ".json" else read_json_lines(path)
+    if path.exists():
+        if subset is not None:
+            raise InputError(f"is on this machine and has no subset {subset!r}", where=str(path))
+        records = _open_path(path, split)
+        default_folder = path if path.is_dir() else path.parent
+    elif is_hub_id(name):
+        records = open_hub_table(name, subset=subset, split=split)
+        default_folder = Path()
     else:
-        raise InputError(
-            f"has the extension {path.suffix!r}, which is not a known format",
-            where=str(path),
-            remedy=f"Supported: {_FORMATS}.",
-        )
+        raise InputError("does not exist", where=str(path), remedy=f"Relative paths start at {Path.cwd()}.")
     if not len(records):
         raise InputError("holds no records", where=str(path), remedy="Check that the right file was given.")
-    return SampleSource(path=path, records=records, form=form, image_folder=folder)
+    return SampleSource(path=path, records=records, image_folder=Path(image_folder or default_folder))
+
+
+def _open_path(path: Path, split: str | None) -> _Records:
+    file_format, files = find_data_files(path, split)
+    if file_format == "json":
+        return read_json_list(files[0])
+    if file_format == "jsonl":
+        return read_json_lines(files[0])
+    if file_format == "tar":
+        return TarRecords(path, files)
+    if file_format == "saved":
+        return open_saved_table(files[0])
+    return open_table_files(path, files, file_format)

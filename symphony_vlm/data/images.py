@@ -12,6 +12,7 @@ import binascii
 import hashlib
 import io
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,7 @@ __all__ = [
     "image_from_base64",
     "image_key",
     "image_size",
+    "is_base64_image",
     "load_image",
     "open_image",
 ]
@@ -156,6 +158,28 @@ def image_from_base64(text: str, *, name: str, max_bytes: int = 20 * 2**20) -> I
     if not data:
         raise InputError("the image is empty (0 bytes)", where=name)
     return ImageRef(data=data, name=name)
+
+
+_base64_text = re.compile(r"[A-Za-z0-9+/]{32}[A-Za-z0-9+/\r\n]{28,}={0,2}").fullmatch
+
+
+def is_base64_image(text: str) -> bool:
+    """Whether text is an encoded image in base64 (tables of benchmarks hold them so) rather than a path.
+
+    It must have 60 characters or more, only those of the base64 alphabet and line breaks (a file name's extension has a
+    dot, which is not among them), and its first bytes must be the signature of a JPEG (text ``/9j/``), PNG (``iVBOR``),
+    GIF (``R0lGOD``), WebP (``UklGR``), BMP (``Qk``) or TIFF (``SUkqA``, ``TU0AK``) file. A prefix as short as ``Qk``
+    alone would catch names, so the signature is compared whole: BMP's four zero bytes, WebP's second word.
+    """
+    text = text.strip()
+    if _base64_text(text) is None:
+        return False
+    head = base64.b64decode(text[:32])
+    return (
+        head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*"))
+        or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
+        or (head[:2] == b"BM" and head[6:10] == bytes(4))
+    )
 
 
 def _where(ref: ImageRef) -> str:

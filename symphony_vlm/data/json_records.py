@@ -1,40 +1,40 @@
 """Raw records of a ``.json`` list or a ``.jsonl`` file, each parsed when it is asked for.
 
-The text is kept as one string with the place of each record in it: about a quarter of the memory of the parsed objects,
-and worker processes forked from this one keep sharing it (counting references would copy millions of small objects).
+Only the place of each record is kept (24 bytes), never the text: a million records are opened and walked in the memory
+of an empty program, and worker processes share the index.
 """
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
-import re
 from array import array
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from symphony_vlm.data.file_slices import FileSlices
+from symphony_vlm.data.json_list_scan import MAX_RECORD_BYTES, ListScanner, too_long
 from symphony_vlm.errors import InputError
 
-__all__ = ["JsonRecords", "read_json_lines", "read_json_list"]
+__all__ = ["JsonRecords", "describe_json_error", "read_json_lines", "read_json_list"]
 
-_skip_space = re.compile(r"[ \t\n\r]*").match
+_BLOCK = 2**20
 
 
 class JsonRecords:
-    """A sequence of JSON values inside one text.
+    """A sequence of JSON values inside one file.
 
     Args:
-        name: The file, for messages.
-        text: The whole file.
+        slices: The file.
         fingerprint: sha256 of its bytes.
-        spans: Start and end of each record, one after the other.
+        spans: Start and end of each record in bytes, one after the other.
         lines: The line number of each record (JSON lines), or None (a list).
     """
 
-    def __init__(self, *, name: str, text: str, fingerprint: str, spans: array[int], lines: array[int] | None) -> None:
+    def __init__(self, *, slices: FileSlices, fingerprint: str, spans: array[int], lines: array[int] | None) -> None:
         self.fingerprint = fingerprint
-        self._name = name
-        self._text = text
+        self._slices = slices
         self._spans = spans
         self._lines = lines
 
@@ -43,13 +43,17 @@ class JsonRecords:
 
     def __getitem__(self, index: int) -> Any:
         start, end = self._spans[2 * index], self._spans[2 * index + 1]
+        where = f"{self._slices.path.name}: {self.label(index)}"
+        if end - start > MAX_RECORD_BYTES:
+            raise too_long(where, end - start)
         try:
-            return json.loads(self._text[start:end])
+            return json.loads(self._slices.read(start, end).decode())
         except (ValueError, RecursionError) as error:  # only JSON lines: a list was parsed when it was opened
-            position = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+            if isinstance(error, InputError):
+                raise
             raise InputError(
-                f"is not valid JSON{position}: {_reason(error)}",
-                where=f"{self._name}: {self.label(index)}",
+                describe_json_error(error),
+                where=where,
                 remedy="Each line of a .jsonl file must be one complete record; name a JSON list .json.",
             ) from error
 
@@ -59,97 +63,80 @@ class JsonRecords:
 
 
 def read_json_list(path: Path) -> JsonRecords:
-    """Open a file that is one JSON list.
+    """Open a file that is one JSON list, which is checked to its end.
 
     Raises:
-        InputError: Not readable, not UTF-8, not valid JSON (with line and column), or not a list.
+        InputError: Not readable, not UTF-8, not valid JSON (with line and column), not a list, or with a record above
+            `MAX_RECORD_BYTES`.
     """
-    text, fingerprint = _read_text(path)
+    slices = FileSlices(path)
     try:
-        spans = _list_spans(text, path.name)
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
-        position = f" at line {error.lineno} column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise InputError(
-            f"is not valid JSON{position}: {_reason(error)}",
-            where=path.name,
-            remedy="Correct it there; a cut-off file must be written or downloaded again.",
-        ) from error
-    return JsonRecords(name=path.name, text=text, fingerprint=fingerprint, spans=spans, lines=None)
+        with path.open("rb") as file:
+            digest, start = _skip_mark(file, path)
+            spans = ListScanner(file, name=path.name, digest=digest, start=start).spans()
+    except OSError as error:
+        raise InputError(f"cannot be read: {error}", where=str(path)) from error
+    return JsonRecords(slices=slices, fingerprint=digest.hexdigest(), spans=spans, lines=None)
 
 
 def read_json_lines(path: Path) -> JsonRecords:
     """Open a file with one JSON record a line; blank lines are passed over. A bad line is an error of that record only.
 
     Raises:
-        InputError: Not readable or not UTF-8.
+        InputError: Not readable, or UTF-16.
     """
-    text, fingerprint = _read_text(path)
-    spans, lines = array("q"), array("q")
-    start = 0
-    # Not str.splitlines, which also cuts at U+2028 and other characters that may stand inside a JSON string.
-    for number, line in enumerate(text.split("\n"), start=1):
-        end = start + len(line)
-        if line.strip():
-            spans.extend((start, end))
-            lines.append(number)
-        start = end + 1
-    return JsonRecords(name=path.name, text=text, fingerprint=fingerprint, spans=spans, lines=lines)
-
-
-def _read_text(path: Path) -> tuple[str, str]:
+    slices = FileSlices(path)
     try:
-        content = path.read_bytes()
-        return content.decode("utf-8-sig"), hashlib.sha256(content).hexdigest()
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"is not UTF-8 text: {error.reason} at byte {error.start}", where=path.name, remedy="Save it as UTF-8."
-        ) from error
+        with path.open("rb") as file:
+            digest, start = _skip_mark(file, path)
+            spans, lines = _line_spans(file, digest, start)
     except OSError as error:
         raise InputError(f"cannot be read: {error}", where=str(path)) from error
+    return JsonRecords(slices=slices, fingerprint=digest.hexdigest(), spans=spans, lines=lines)
 
 
-def _reason(error: Exception) -> str:
+def describe_json_error(error: Exception) -> str:
+    """What `json.loads` of decoded bytes had to complain about, with line and column as far as they are known."""
+    if isinstance(error, UnicodeDecodeError):
+        column = len(error.object[: error.start].decode(errors="replace")) + 1
+        return f"is not UTF-8 text at column {column}: {error.reason} (byte {error.object[error.start]:#04x})"
+    if isinstance(error, json.JSONDecodeError):
+        line = f"line {error.lineno} " if error.lineno > 1 else ""
+        return f"is not valid JSON at {line}column {error.colno}: {error.msg}"
     if isinstance(error, RecursionError):
-        return "brackets are nested too deeply"
-    return error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+        return "is not valid JSON: brackets are nested too deeply"
+    return f"is not valid JSON: {error}"
 
 
-def _list_spans(text: str, name: str) -> array[int]:
-    """Start and end of each element of the JSON list in ``text``, which is thereby checked to the end."""
-    decoder = json.JSONDecoder()
-    position = _after_space(text, 0)
-    if text[position : position + 1] != "[":
-        _refuse_other_top_level(decoder, text, position, name)
-    spans = array("q")
-    position = _after_space(text, position + 1)
-    while text[position : position + 1] != "]" or spans:
-        start = position
-        _, position = decoder.raw_decode(text, start)
+def _skip_mark(file: BinaryIO, path: Path) -> tuple[hashlib._Hash, int]:
+    """Pass over a UTF-8 byte order mark; returns the hash that has seen it, and where the text starts."""
+    head = file.read(len(codecs.BOM_UTF8))
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise InputError("is UTF-16 text", where=path.name, remedy="Save it as UTF-8.")
+    if head == codecs.BOM_UTF8:
+        return hashlib.sha256(head), len(head)
+    file.seek(0)
+    return hashlib.sha256(), 0
+
+
+def _line_spans(file: BinaryIO, digest: hashlib._Hash, start: int) -> tuple[array[int], array[int]]:
+    """Start and end of each line that is not blank, and its number. A line may be longer than a block."""
+    spans, lines = array("q"), array("q")
+    position, number, blank = start, 1, True
+    while block := file.read(_BLOCK):
+        digest.update(block)
+        # Only at line feeds: U+2028 and others at which str.splitlines cuts may stand inside a JSON string.
+        *ended, rest = block.split(b"\n")
+        for piece in ended:
+            position += len(piece)
+            if not blank or (piece and not piece.isspace()):
+                spans.extend((start, position))
+                lines.append(number)
+            position += 1
+            start, number, blank = position, number + 1, True
+        position += len(rest)
+        blank = blank and (not rest or rest.isspace())
+    if not blank:
         spans.extend((start, position))
-        position = _after_space(text, position)
-        if text[position : position + 1] == "]":
-            break
-        if text[position : position + 1] != ",":
-            raise json.JSONDecodeError("expecting ',' or ']'", text, position)
-        position = _after_space(text, position + 1)
-    end = _after_space(text, position + 1)
-    if end != len(text):
-        raise json.JSONDecodeError("extra data after the list", text, end)
-    return spans
-
-
-def _after_space(text: str, position: int) -> int:
-    match = _skip_space(text, position)
-    return match.end() if match else position
-
-
-def _refuse_other_top_level(decoder: json.JSONDecoder, text: str, position: int, name: str) -> None:
-    value, _ = decoder.raw_decode(text, position)
-    kind = f"an object with the fields {', '.join(list(value)[:8])}" if isinstance(value, dict) else repr(value)[:60]
-    raise InputError(
-        f"begins with {kind}; a .json file must be one list of records",
-        where=name,
-        remedy="Put the records into [ ... ]; if there is one record a line, name the file .jsonl.",
-    )
+        lines.append(number)
+    return spans, lines

@@ -1,86 +1,86 @@
 """From one raw record to a `Sample`, or to an `InputError` that names the record, the field and the remedy.
 
-Two forms are read. A *conversation* is LLaVA's::
+Three forms are read, told apart by their fields. A *conversation* is LLaVA's and ShareGPT's::
 
     {"id": "a7", "image": "cats/1.jpg",
      "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"}, {"from": "gpt", "value": "A cat."}]}
 
+*Messages* are OpenAI's, with text or content parts (TRL, ms-swift, LLaMA-Factory, Unsloth)::
+
+    {"id": "a7", "images": ["cats/1.jpg"],
+     "messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]},
+                  {"role": "assistant", "content": "A cat."}]}
+
 A *question* is a row with ``question``, ``answer`` and ``image``, as most Hugging Face data sets have it. The same
-rules hold for both: ``image`` is one image, a list of them, or absent; each ``<image>`` in a question marks the place
-of one image, in order; if no marker occurs anywhere, all images go to the start of the first question, followed by a
-newline (LLaVA's layout). ``<image>`` in an answer or a system prompt marks nothing: it is text. Fields that are not
-read here are kept in `Sample.meta`.
+rules hold for all (``turns.py``, ``image_places.py``): ``image`` or ``images`` is one image, a list of them, or absent;
+each ``<image>`` in a question's text marks the place of one image, in order; if no place is marked anywhere, all images
+go to the start of the first question, followed by a newline. ``<image>`` in an answer or a system prompt marks nothing:
+it is text. Fields that are not read here are kept in `Sample.meta`.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from symphony_vlm.data.images import image_from_base64
-from symphony_vlm.data.sample import ImagePart, ImageRef, Message, Role, Sample, TextPart
+from symphony_vlm.data.fields import ImageReader, is_given, shortened, text_value
+from symphony_vlm.data.image_places import place_images
+from symphony_vlm.data.sample import Sample
+from symphony_vlm.data.turns import IMAGE_MARKER, Turn, read_turns, split_at_markers
 from symphony_vlm.errors import InputError
 
-__all__ = ["IMAGE_MARKER", "RecordForm", "sample_from_record", "shortened"]
+__all__ = ["FORMS", "RecordForm", "has_form", "sample_from_record"]
 
-IMAGE_MARKER = "<image>"
+RecordForm = Literal["conversations", "messages", "question"]
 
-RecordForm = Literal["conversation", "question"]
+FORMS = "either conversations, or messages, or question and answer"
+"""What a record must have, for messages."""
 
-_FIELDS: Mapping[RecordForm, frozenset[str]] = {
-    "conversation": frozenset({"id", "image", "conversations"}),
-    "question": frozenset({"id", "image", "question", "answer"}),
-}
-
-_ROLES: Mapping[str, Role] = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
-
-_Turns = list[tuple[Role, str]]
+_IMAGE_FIELDS = ("image", "images")
+_READ = frozenset({"id", *_IMAGE_FIELDS})
 
 
-def sample_from_record(record: object, *, form: RecordForm, where: str, index: int, image_folder: Path) -> Sample:
+def has_form(fields: Collection[str]) -> bool:
+    """Whether records with these fields can be one of the three forms."""
+    return "conversations" in fields or "messages" in fields or {"question", "answer"} <= set(fields)
+
+
+def sample_from_record(record: object, *, where: str, index: int, image_folder: Path) -> Sample:
     """Check one raw record and bring it into the common form. No image is opened.
 
     Args:
         record: The parsed JSON value or table row.
-        form: Which of the two forms it has.
         where: File and record for messages, e.g. ``train.json: record 12``; the id is added here.
         index: Its position in the file, the id of a record without one.
         image_folder: What relative image paths are relative to. Absolute paths and ``..`` are the user's own business.
 
     Raises:
-        InputError: The record does not have the form described at the top of this file.
+        InputError: The record has none of the forms described at the top of this file.
     """
     if not isinstance(record, dict):
         raise InputError(
-            f"is {shortened(record)}; a record must be an object with the fields {', '.join(sorted(_FIELDS[form]))}",
-            where=where,
+            f"is {shortened(record)}; a record must be an object with the fields id, image, and {FORMS}", where=where
         )
     sample_id = _sample_id(record.get("id"), where, index)
     origin = where if record.get("id") is None else f"{where} (id {sample_id!r})"
-    images = tuple(_image_refs(record.get("image"), origin, index, image_folder))
-    turns = _conversation_turns(record, origin) if form == "conversation" else _question_turns(record, origin)
-    meta = {key: value for key, value in record.items() if key not in _FIELDS[form]}
-    if form == "question" and isinstance(record["answer"], list):
-        meta["answers"] = record["answer"]
-    hint = "The field 'images' is not read; name it 'image'." if "images" in meta and not images else None
-    messages = _place_images(turns, len(images), origin, hint)
+    form = _form(record, origin)
+    reader = ImageReader(origin=origin, row=f"row {index}", folder=image_folder)
+    own = reader.several(*_own_images(record, origin))
+    read = _READ | ({"question", "answer"} if form == "question" else {form})
+    meta = {key: value for key, value in record.items() if key not in read}
+    if form == "question":
+        turns = _question_turns(record, origin)
+        if isinstance(record["answer"], list):
+            meta["answers"] = record["answer"]
+    else:
+        turns = read_turns(record, form, reader)
+        if turns[0].role == "system" and isinstance(record.get("system"), str):
+            meta.pop("system", None)
+    messages, images = place_images(turns, own, origin=origin, hint=_hint(meta))
     return Sample(id=sample_id, origin=origin, messages=messages, images=images, meta=meta)
-
-
-def shortened(value: object, limit: int = 60) -> str:
-    """The value as Python writes it, cut to fit into a message."""
-    text = repr(value)
-    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def _sample_id(value: object, where: str, index: int) -> str:
@@ -88,121 +88,50 @@ def _sample_id(value: object, where: str, index: int) -> str:
         return str(index)
     if isinstance(value, bool) or not isinstance(value, (str, int)):
         raise InputError(f"field 'id' is {shortened(value)}; it must be a string or an integer", where=where)
-    return str(value)
+    return text_value(str(value), "id", where, required=False)
 
 
-def _image_refs(value: object, origin: str, index: int, folder: Path) -> Iterator[ImageRef]:
-    if value is None:
-        return
-    several = isinstance(value, list)
-    for number, item in enumerate(value if isinstance(value, list) else [value]):
-        field = f"image[{number}]" if several else "image"
-        name = f"row {index}, {field}" if several else f"row {index}"
-        yield _image_ref(item, field=field, name=name, origin=origin, folder=folder)
-
-
-def _image_ref(item: object, *, field: str, name: str, origin: str, folder: Path) -> ImageRef:
-    """One image: a path, a data URL, encoded bytes, or the ``{bytes, path}`` of a Hugging Face image column."""
-    if isinstance(item, dict) and (item.get("bytes") is not None or item.get("path") is not None):
-        name = item.get("path") or name
-        item = item["bytes"] if item.get("bytes") is not None else item["path"]
-    if isinstance(item, bytes):
-        return ImageRef(data=item, name=name)
-    if not isinstance(item, str) or not item.strip():
+def _form(record: Mapping[str, Any], origin: str) -> RecordForm:
+    turns: list[RecordForm] = [form for form in ("conversations", "messages") if record.get(form) is not None]
+    if len(turns) > 1:
         raise InputError(
-            f"field '{field}' is {shortened(item)}; it must be a path, encoded bytes, or a list of these",
-            where=origin,
-            remedy="Leave the field out for a record without an image.",
+            "has both the fields 'conversations' and 'messages'", where=origin, remedy="Remove one of them."
         )
-    if item.startswith("data:"):
-        return image_from_base64(item, name=f"{origin}, field '{field}'")
-    if item.startswith(("http://", "https://")):
+    if turns:
+        return turns[0]
+    if record.get("question") is not None or record.get("answer") is not None:
+        return "question"
+    if "conversations" not in record and "messages" not in record:
         raise InputError(
-            f"field '{field}' is the web address {shortened(item)}; nothing is downloaded while training",
-            where=origin,
-            remedy="Download the image and give its path.",
-        )
-    return ImageRef(path=folder / item, name=item)
-
-
-def _conversation_turns(record: Mapping[str, Any], origin: str) -> _Turns:
-    values = record.get("conversations")
-    if not isinstance(values, list) or not values:
-        found = f"is {shortened(values)}" if "conversations" in record else "is missing"
-        raise InputError(
-            f"field 'conversations' {found}; it must be a list of turns "
-            '{"from": "human" or "gpt", "value": text}, the first from "human"',
+            f"field 'conversations' is missing; a record must have {FORMS}",
             where=origin,
             remedy=f"Fields of this record: {', '.join(map(str, record)) or 'none'}.",
         )
-    turns = [_turn(value, f"conversations[{number}]", origin) for number, value in enumerate(values)]
-    _check_order(turns, values, origin)
-    return turns
+    return "conversations" if "conversations" in record else "messages"
 
 
-def _turn(turn: object, field: str, origin: str) -> tuple[Role, str]:
-    if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
-        raise InputError(
-            f'field \'{field}\' is {shortened(turn)}; it must be {{"from": "human" or "gpt", "value": text}}',
-            where=origin,
-            remedy="Rename 'role' to 'from' and 'content' to 'value'."
-            if isinstance(turn, dict) and "role" in turn
-            else None,
-        )
-    role = _ROLES.get(turn["from"]) if isinstance(turn["from"], str) else None
-    if role is None:
-        raise InputError(
-            f"field '{field}.from' is {shortened(turn['from'])}; it must be one of {', '.join(_ROLES)}", where=origin
-        )
-    return role, _text(turn["value"], f"{field}.value", origin, required=role == "assistant")
+def _own_images(record: Mapping[str, Any], origin: str) -> tuple[object, str]:
+    """The value and the name of the field with the record's images."""
+    given = [field for field in _IMAGE_FIELDS if is_given(record.get(field)) and record[field] != []]
+    if len(given) > 1:
+        raise InputError("has both the fields 'image' and 'images'", where=origin, remedy="Remove one of them.")
+    return (record[given[0]], given[0]) if given else (None, "image")
 
 
-def _text(value: object, field: str, origin: str, *, required: bool) -> str:
-    if not isinstance(value, str):
-        raise InputError(f"field '{field}' is {shortened(value)}; it must be a string", where=origin)
-    if required and not value.strip():
-        raise InputError(
-            f"field '{field}' is {shortened(value)}; an answer must not be empty",
-            where=origin,
-            remedy="There would be nothing to learn from it: fill it in, or remove the turn with its question.",
-        )
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"field '{field}' has half a surrogate pair at character {error.start}, which is no text",
-            where=origin,
-            remedy="Write the file again from the source text as UTF-8.",
-        ) from error
-    return value
+def _hint(meta: Mapping[str, Any]) -> str | None:
+    for field, value in meta.items():
+        if is_given(value) and str(field).lower().startswith(("image", "img", "picture", "video")):
+            return f"The field '{field}' is not read; images are read from 'image' or 'images'."
+    return None
 
 
-def _check_order(turns: _Turns, values: Sequence[Any], origin: str) -> None:
-    """An optional system prompt, then question and answer in turn."""
-    start = 1 if turns[0][0] == "system" else 0
-    for number, (role, _) in enumerate(turns[start:], start=start):
-        expected = ("user", "assistant")[(number - start) % 2]
-        if role != expected:
-            wanted = "human (or user)" if expected == "user" else "gpt (or assistant)"
-            raise InputError(
-                f"field 'conversations[{number}].from' is {values[number]['from']!r} where {wanted} is due",
-                where=origin,
-                remedy="After an optional system turn, human and gpt must alternate, human first.",
-            )
-    if turns[-1][0] != "assistant":
-        raise InputError(
-            f"the last of {len(turns)} turns is from {values[-1]['from']!r}; a conversation must end with an answer",
-            where=origin,
-            remedy="Add the answer, or remove the last turn.",
-        )
-
-
-def _question_turns(row: Mapping[str, Any], origin: str) -> _Turns:
+def _question_turns(row: Mapping[str, Any], origin: str) -> list[Turn]:
     for field in ("question", "answer"):
         if field not in row:
             raise InputError(f"field '{field}' is missing", where=origin)
-    question = _text(row["question"], "question", origin, required=False)
-    return [("user", question), ("assistant", _answer(row["answer"], origin))]
+    question = text_value(row["question"], "question", origin, required=False)
+    answer = _answer(row["answer"], origin)
+    return [Turn("user", split_at_markers(question)), Turn("assistant", [answer], answer.count(IMAGE_MARKER))]
 
 
 def _answer(value: object, origin: str) -> str:
@@ -211,35 +140,9 @@ def _answer(value: object, origin: str) -> str:
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
         # Several annotators: the most frequent answer; among equals, the first given.
         given = Counter(item for item in value if item.strip())
-        return _text(given.most_common(1)[0][0] if given else "", "answer", origin, required=True)
+        return text_value(given.most_common(1)[0][0] if given else "", "answer", origin, required=True)
     if not isinstance(value, str):
         raise InputError(
             f"field 'answer' is {shortened(value)}; it must be a string, a number or a list of strings", where=origin
         )
-    return _text(value, "answer", origin, required=True)
-
-
-def _place_images(turns: _Turns, n_images: int, origin: str, hint: str | None) -> tuple[Message, ...]:
-    in_questions = sum(text.count(IMAGE_MARKER) for role, text in turns if role == "user")
-    elsewhere = sum(text.count(IMAGE_MARKER) for role, text in turns if role != "user")
-    if n_images and not in_questions and not elsewhere:
-        first = next(number for number, (role, _) in enumerate(turns) if role == "user")
-        turns[first] = ("user", f"{IMAGE_MARKER * n_images}\n{turns[first][1]}")
-    elif in_questions != n_images:
-        also = f" (and {elsewhere} in answers or the system prompt, where it is only text)" if elsewhere else ""
-        raise InputError(
-            f"{in_questions} {IMAGE_MARKER} marker(s) in the questions{also} but {n_images} image(s) in the record",
-            where=origin,
-            remedy=hint or "Give one marker for each image, or no marker at all to have the images put first.",
-        )
-    numbers = itertools.count()
-    return tuple(Message(role=role, parts=tuple(_parts(role, text, numbers))) for role, text in turns)
-
-
-def _parts(role: Role, text: str, numbers: Iterator[int]) -> Iterator[TextPart | ImagePart]:
-    pieces = text.split(IMAGE_MARKER) if role == "user" else [text]
-    for position, piece in enumerate(pieces):
-        if position:
-            yield ImagePart(index=next(numbers))
-        if piece:
-            yield TextPart(text=piece)
+    return text_value(value, "answer", origin, required=True)

@@ -1,6 +1,7 @@
-"""Rows of parquet files or of a folder saved by ``datasets``, read from the memory-mapped table one at a time.
+"""Rows of parquet and Arrow files, of a folder saved by ``datasets``, or of a hub data set, read one at a time.
 
-Images stay encoded: the raw Arrow values are taken, so ``datasets`` decodes nothing by its own rules.
+They stay in memory-mapped Arrow files. Images stay encoded: the raw Arrow values are taken, so ``datasets`` decodes
+nothing by its own rules.
 """
 
 from __future__ import annotations
@@ -12,15 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from symphony_vlm.data.records import RecordForm
+from symphony_vlm.data.records import FORMS, has_form
 from symphony_vlm.errors import InputError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["TableRows", "open_table"]
-
-_SPLITS = ("train", "validation", "test")
+__all__ = ["TableRows", "fingerprint_of_files", "open_saved_table", "open_table_files"]
 
 
 class TableRows:
@@ -28,12 +27,20 @@ class TableRows:
 
     Args:
         table: The data set.
-        form: Which form its rows have.
-        fingerprint: sha256 of the files' contents.
+        name: For messages.
+        fingerprint: Of the rows.
+
+    Raises:
+        InputError: Its columns fit none of the forms of records.
     """
 
-    def __init__(self, *, table: Dataset, form: RecordForm, fingerprint: str) -> None:
-        self.form = form
+    def __init__(self, *, table: Dataset, name: str, fingerprint: str) -> None:
+        if not has_form(table.column_names):
+            raise InputError(
+                f"has the columns {', '.join(table.column_names)}; it must have {FORMS}",
+                where=name,
+                remedy="Rename the columns; images are read from the column image or images.",
+            )
         self.fingerprint = fingerprint
         self._table = table.with_format("arrow")
 
@@ -49,42 +56,64 @@ class TableRows:
         return f"row {index}"
 
 
-def open_table(path: Path) -> TableRows:
-    """Open a ``.parquet`` file, a folder of them (one split), or a folder written by ``Dataset.save_to_disk``.
+def open_table_files(path: Path, files: Sequence[Path], file_format: str) -> TableRows:
+    """Open ``parquet`` or ``arrow`` files, one after the other.
+
+    Arrow files in the stream format (what ``datasets`` writes) are mapped in place; for others ``datasets`` keeps a
+    converted copy in its cache.
+
+    Args:
+        path: What the user gave, for messages.
+        files: All with the same columns.
+        file_format: ``parquet`` or ``arrow``.
 
     Raises:
-        InputError: No such files, unreadable, several splits, or columns of neither form.
+        InputError: Not readable, or of columns of no form.
     """
-    saved = path.is_dir() and (path / "state.json").is_file()
-    files = _saved_files(path) if saved else _parquet_files(path)
-    table = _load(path, files, saved=saved)
-    return TableRows(table=table, form=_form(table.column_names, path), fingerprint=_fingerprint(files))
+    import datasets
+    import pyarrow as pa
+
+    try:
+        if file_format == "arrow" and all(_is_stream(file) for file in files):
+            table = datasets.concatenate_datasets([datasets.Dataset.from_file(str(file)) for file in files])
+        else:
+            # Escaped, because datasets takes a path for a pattern: a folder named "data [v1]" would hold no files.
+            patterns = [glob.escape(str(file)) for file in files]
+            table = datasets.load_dataset(file_format, data_files=patterns, split="train")
+    except (OSError, ValueError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
+        cause = error.__cause__ or error
+        raise InputError(
+            f"cannot be read as {file_format}: {str(cause)[:300]}",
+            where=str(path),
+            remedy=f"Write or download it again; all {file_format} files of a folder must have the same columns.",
+        ) from error
+    return TableRows(table=table, name=path.name, fingerprint=fingerprint_of_files(files))
 
 
-def _parquet_files(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    if (path / "dataset_dict.json").is_file():
-        splits = sorted(child.name for child in path.iterdir() if child.is_dir())
+def open_saved_table(path: Path) -> TableRows:
+    """Open the folder of one split written by ``Dataset.save_to_disk``.
+
+    Raises:
+        InputError: Not readable, or of columns of no form.
+    """
+    import datasets
+    import pyarrow as pa
+
+    files = _saved_files(path)
+    try:
+        table = datasets.load_from_disk(str(path))
+    except (OSError, ValueError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
         raise InputError(
-            f"holds several splits ({', '.join(splits)})", where=str(path), remedy="Give the folder of one of them."
-        )
-    files = sorted(path.glob("*.parquet"))
-    if not files:
-        raise InputError(
-            "the folder holds neither *.parquet files nor a data set saved by datasets.Dataset.save_to_disk",
+            f"cannot be read as a saved data set: {str(error.__cause__ or error)[:300]}",
             where=str(path),
-            remedy="Give the file, or the folder directly above the .parquet files.",
-        )
-    # Reading train-*.parquet and test-*.parquet together would train on the test split in silence.
-    splits = [split for split in _SPLITS if any(file.name.startswith(split) for file in files)]
-    if len(splits) > 1:
-        raise InputError(
-            f"the folder holds the parquet files of several splits ({', '.join(splits)})",
-            where=str(path),
-            remedy="Move each split into its own folder and give one of them.",
-        )
-    return files
+            remedy="Write or download it again.",
+        ) from error
+    return TableRows(table=table, name=path.name, fingerprint=fingerprint_of_files(files))
+
+
+def _is_stream(file: Path) -> bool:
+    with file.open("rb") as stream:
+        return stream.read(6) != b"ARROW1"
 
 
 def _saved_files(path: Path) -> list[Path]:
@@ -99,38 +128,7 @@ def _saved_files(path: Path) -> list[Path]:
         ) from error
 
 
-def _load(path: Path, files: Sequence[Path], *, saved: bool) -> Dataset:
-    import datasets
-    import pyarrow as pa
-
-    try:
-        if saved:
-            return datasets.load_from_disk(str(path))
-        # Escaped, because datasets takes a path for a pattern: a folder named "data [v1]" would hold no files.
-        patterns = [glob.escape(str(file)) for file in files]
-        return datasets.load_dataset("parquet", data_files=patterns, split="train")
-    except (OSError, ValueError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
-        cause = error.__cause__ or error
-        raise InputError(
-            f"cannot be read as {'a saved data set' if saved else 'parquet'}: {str(cause)[:300]}",
-            where=str(path),
-            remedy="Write or download it again; all parquet files of a folder must have the same columns.",
-        ) from error
-
-
-def _form(columns: Sequence[str], path: Path) -> RecordForm:
-    if "conversations" in columns:
-        return "conversation"
-    if {"question", "answer"} <= set(columns):
-        return "question"
-    raise InputError(
-        f"has the columns {', '.join(columns)}; it must have either conversations, or question and answer",
-        where=path.name,
-        remedy="Rename the columns; images are read from the column image.",
-    )
-
-
-def _fingerprint(files: Sequence[Path]) -> str:
+def fingerprint_of_files(files: Sequence[Path]) -> str:
     """sha256 of one file's content; of several, over their names and hashes."""
     digests = [(file.name, _sha256(file)) for file in files]
     if len(digests) == 1:

@@ -135,8 +135,12 @@ class TestLlavaFaults:
             (record(conversations="x"), r"field 'conversations' is 'x'; it must be a list"),
             (record(conversations=[]), r"field 'conversations' is \[\]"),
             (record(conversations=["x"]), r"'conversations\[0\]' is 'x'"),
-            (record(conversations=[{"role": "user", "content": "x"}]), r"Rename 'role' to 'from'"),
-            (turns(("tool", "x")), r"'conversations\[0\]\.from' is 'tool'; it must be one of human, user, gpt"),
+            (
+                record(conversations=[{"speaker": "user", "text": "x"}]),
+                r"must be \{\"from\": \"human\".* or \{\"role\"",
+            ),
+            (turns(("bot", "x")), r"'conversations\[0\]\.from' is 'bot'; it must be one of human, user, gpt"),
+            (turns(("tool", "x")), r"'conversations\[0\]' is part of a tool call"),
             (turns((["human"], "x")), r"'conversations\[0\]\.from' is \['human'\]"),
             (turns(("gpt", "x")), r"conversations\[0\]\.from' is 'gpt' where human"),
             (turns(("human", "x"), ("human", "y")), r"conversations\[1\]\.from' is 'human' where gpt"),
@@ -157,7 +161,12 @@ class TestLlavaFaults:
                 record("What?", "<image>"),
                 r"0 <image> marker\(s\) in the questions \(and 1 in answers.* but 1 image\(s\)",
             ),
-            (record(image=None, images=["a"]), r"0 image\(s\).*'images' is not read; name it 'image'"),
+            (
+                record(image=None, image_path="a"),
+                r"0 image\(s\).*'image_path' is not read; images are read from 'image'",
+            ),
+            (record(images=["b"]), r"has both the fields 'image' and 'images'"),
+            (record(messages=[]), r"has both the fields 'conversations' and 'messages'"),
             (record(image=""), r"field 'image' is ''; it must be a path"),
             (record(image=7), r"field 'image' is 7; it must be a path"),
             (record(image=["a", None]), r"field 'image\[1\]' is None"),
@@ -234,7 +243,7 @@ class TestFiles:
         path = write_json(tmp_path, [record()])
         with pytest.raises(InputError, match="image folder .*is not a folder"):
             open_samples(path, image_folder=tmp_path / "nowhere")
-        with pytest.raises(InputError, match=r"holds neither \*\.parquet files nor a data set saved"):
+        with pytest.raises(InputError, match=r"holds neither \*\.parquet, .* nor a data set saved"):
             open_samples(tmp_path)
 
     def test_sequence_fingerprint_and_pickle(self, tmp_path: Path) -> None:
@@ -326,7 +335,7 @@ class TestTables:
         assert [source[0].images[0].data for source in sources] == [b"not an image"] * 3
         assert all(len(source.fingerprint) == 64 for source in sources)
         assert sources[1].image_folder == tmp_path / "saved"
-        with pytest.raises(InputError, match=r"several splits \(test, train\).*one of them"):
+        with pytest.raises(InputError, match=r"several splits \(test, train\).*with split"):
             open_samples(tmp_path / "dict")
 
     def test_folder_of_parquet_files(self, tmp_path: Path, write_parquet: Callable[..., Path]) -> None:
@@ -340,14 +349,16 @@ class TestTables:
         (folder / "train-00001-of-00002.parquet").rename(folder / "train-00002-of-00002.parquet")
         assert open_samples(folder).fingerprint != before
         write_parquet([{"question": "Q", "answer": "A"}], "parts [v1]/test-00000-of-00001.parquet")
-        with pytest.raises(InputError, match=r"several splits \(train, test\)"):
+        with pytest.raises(InputError, match=r"several splits \(test, train\)"):
             open_samples(folder)
 
     def test_unreadable_and_wrong_columns(self, tmp_path: Path, write_parquet: Callable[..., Path]) -> None:
         (tmp_path / "bad.parquet").write_bytes(b"not parquet")
         with pytest.raises(InputError, match=r"bad\.parquet: cannot be read as parquet"):
             open_samples(tmp_path / "bad.parquet")
-        with pytest.raises(InputError, match=r"has the columns question, reply; it must have either conversations, or"):
+        with pytest.raises(
+            InputError, match=r"has the columns question, reply; it must have either conversations, or messages, or"
+        ):
             open_samples(write_parquet([{"question": "Q", "reply": "A"}]))
         (tmp_path / "saved").mkdir()
         (tmp_path / "saved/state.json").write_text("{}")
