@@ -50,6 +50,7 @@ class JsonRecords:
             raise InputError(
                 f"is not valid JSON{position}: {_reason(error)}",
                 where=f"{self._name}: {self.label(index)}",
+                kind="invalid_json",
                 remedy="Each line of a .jsonl file must be one complete record; name a JSON list .json.",
             ) from error
 

@@ -64,6 +64,7 @@ def sample_from_record(record: object, *, form: RecordForm, where: str, index: i
         raise InputError(
             f"is {shortened(record)}; a record must be an object with the fields {', '.join(sorted(_FIELDS[form]))}",
             where=where,
+            kind="record_type",
         )
     sample_id = _sample_id(record.get("id"), where, index)
     origin = where if record.get("id") is None else f"{where} (id {sample_id!r})"
@@ -87,7 +88,9 @@ def _sample_id(value: object, where: str, index: int) -> str:
     if value is None:
         return str(index)
     if isinstance(value, bool) or not isinstance(value, (str, int)):
-        raise InputError(f"field 'id' is {shortened(value)}; it must be a string or an integer", where=where)
+        raise InputError(
+            f"field 'id' is {shortened(value)}; it must be a string or an integer", where=where, kind="id_type"
+        )
     return str(value)
 
 
@@ -112,6 +115,7 @@ def _image_ref(item: object, *, field: str, name: str, origin: str, folder: Path
         raise InputError(
             f"field '{field}' is {shortened(item)}; it must be a path, encoded bytes, or a list of these",
             where=origin,
+            kind="image_field",
             remedy="Leave the field out for a record without an image.",
         )
     if item.startswith("data:"):
@@ -120,6 +124,7 @@ def _image_ref(item: object, *, field: str, name: str, origin: str, folder: Path
         raise InputError(
             f"field '{field}' is the web address {shortened(item)}; nothing is downloaded while training",
             where=origin,
+            kind="web_address",
             remedy="Download the image and give its path.",
         )
     return ImageRef(path=folder / item, name=item)
@@ -133,6 +138,7 @@ def _conversation_turns(record: Mapping[str, Any], origin: str) -> _Turns:
             f"field 'conversations' {found}; it must be a list of turns "
             '{"from": "human" or "gpt", "value": text}, the first from "human"',
             where=origin,
+            kind="conversations" if values != [] else "conversations_empty",
             remedy=f"Fields of this record: {', '.join(map(str, record)) or 'none'}.",
         )
     turns = [_turn(value, f"conversations[{number}]", origin) for number, value in enumerate(values)]
@@ -145,6 +151,7 @@ def _turn(turn: object, field: str, origin: str) -> tuple[Role, str]:
         raise InputError(
             f'field \'{field}\' is {shortened(turn)}; it must be {{"from": "human" or "gpt", "value": text}}',
             where=origin,
+            kind="turn_form",
             remedy="Rename 'role' to 'from' and 'content' to 'value'."
             if isinstance(turn, dict) and "role" in turn
             else None,
@@ -152,18 +159,21 @@ def _turn(turn: object, field: str, origin: str) -> tuple[Role, str]:
     role = _ROLES.get(turn["from"]) if isinstance(turn["from"], str) else None
     if role is None:
         raise InputError(
-            f"field '{field}.from' is {shortened(turn['from'])}; it must be one of {', '.join(_ROLES)}", where=origin
+            f"field '{field}.from' is {shortened(turn['from'])}; it must be one of {', '.join(_ROLES)}",
+            where=origin,
+            kind="unknown_role",
         )
     return role, _text(turn["value"], f"{field}.value", origin, required=role == "assistant")
 
 
 def _text(value: object, field: str, origin: str, *, required: bool) -> str:
     if not isinstance(value, str):
-        raise InputError(f"field '{field}' is {shortened(value)}; it must be a string", where=origin)
+        raise InputError(f"field '{field}' is {shortened(value)}; it must be a string", where=origin, kind="value_type")
     if required and not value.strip():
         raise InputError(
             f"field '{field}' is {shortened(value)}; an answer must not be empty",
             where=origin,
+            kind="empty_answer",
             remedy="There would be nothing to learn from it: fill it in, or remove the turn with its question.",
         )
     try:
@@ -172,6 +182,7 @@ def _text(value: object, field: str, origin: str, *, required: bool) -> str:
         raise InputError(
             f"field '{field}' has half a surrogate pair at character {error.start}, which is no text",
             where=origin,
+            kind="surrogate",
             remedy="Write the file again from the source text as UTF-8.",
         ) from error
     return value
@@ -187,12 +198,14 @@ def _check_order(turns: _Turns, values: Sequence[Any], origin: str) -> None:
             raise InputError(
                 f"field 'conversations[{number}].from' is {values[number]['from']!r} where {wanted} is due",
                 where=origin,
+                kind="role_order",
                 remedy="After an optional system turn, human and gpt must alternate, human first.",
             )
     if turns[-1][0] != "assistant":
         raise InputError(
             f"the last of {len(turns)} turns is from {values[-1]['from']!r}; a conversation must end with an answer",
             where=origin,
+            kind="no_final_answer",
             remedy="Add the answer, or remove the last turn.",
         )
 
@@ -200,7 +213,7 @@ def _check_order(turns: _Turns, values: Sequence[Any], origin: str) -> None:
 def _question_turns(row: Mapping[str, Any], origin: str) -> _Turns:
     for field in ("question", "answer"):
         if field not in row:
-            raise InputError(f"field '{field}' is missing", where=origin)
+            raise InputError(f"field '{field}' is missing", where=origin, kind="field_missing")
     question = _text(row["question"], "question", origin, required=False)
     return [("user", question), ("assistant", _answer(row["answer"], origin))]
 
@@ -214,7 +227,9 @@ def _answer(value: object, origin: str) -> str:
         return _text(given.most_common(1)[0][0] if given else "", "answer", origin, required=True)
     if not isinstance(value, str):
         raise InputError(
-            f"field 'answer' is {shortened(value)}; it must be a string, a number or a list of strings", where=origin
+            f"field 'answer' is {shortened(value)}; it must be a string, a number or a list of strings",
+            where=origin,
+            kind="value_type",
         )
     return _text(value, "answer", origin, required=True)
 
@@ -230,6 +245,7 @@ def _place_images(turns: _Turns, n_images: int, origin: str, hint: str | None) -
         raise InputError(
             f"{in_questions} {IMAGE_MARKER} marker(s) in the questions{also} but {n_images} image(s) in the record",
             where=origin,
+            kind="marker_count",
             remedy=hint or "Give one marker for each image, or no marker at all to have the images put first.",
         )
     numbers = itertools.count()
