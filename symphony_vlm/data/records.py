@@ -119,7 +119,11 @@ def _image_ref(item: object, *, field: str, name: str, origin: str, folder: Path
             remedy="Leave the field out for a record without an image.",
         )
     if item.startswith("data:"):
-        return image_from_base64(item, name=f"{origin}, field '{field}'")
+        try:
+            return image_from_base64(item, name=f"{origin}, field '{field}'")
+        except InputError as error:
+            error.kind = "image_base64"
+            raise
     if item.startswith(("http://", "https://")):
         raise InputError(
             f"field '{field}' is the web address {shortened(item)}; nothing is downloaded while training",

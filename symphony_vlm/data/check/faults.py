@@ -34,6 +34,7 @@ KINDS: Mapping[str, str] = {
     "surrogate": "half a surrogate pair in the text",
     "marker_count": "image markers and images differ in number",
     "image_field": "image field is not a path or bytes",
+    "image_base64": "image text is not a base64 image",
     "web_address": "image is a web address",
     OTHER: "malformed in another way",
     # The picture.

@@ -15,11 +15,12 @@ from symphony_vlm.data.check.images import ImageLimits, check_image
 from symphony_vlm.data.check.keys import KeyColumn, content_key, id_key
 from symphony_vlm.data.check.report import CheckReport, FileCount, Note
 from symphony_vlm.data.check.scan import ImageLedger, ScannedRecord, picture_key, scan
-from symphony_vlm.data.check.tokens import TokenCheck
+from symphony_vlm.data.check.spans import SampleView, choose_places, view_sample
+from symphony_vlm.data.check.tokens import TokenCheck, Tokenization
 from symphony_vlm.data.sample import Sample
 from symphony_vlm.errors import InputError
 
-__all__ = ["CheckOptions", "Source", "check_data", "locate"]
+__all__ = ["CheckOptions", "Source", "check_data", "choose_views"]
 
 Progress = Callable[[int, int], None]
 _NOTE_EXAMPLES = 10
@@ -163,10 +164,10 @@ class _FilePass:
         for index in sorted({*first_with_id, *first_with_content}):
             sample = self._source[index]
             same_id, same_content = first_with_id.get(index), first_with_content.get(index)
-            if same_id is not None:
-                kind = "duplicate_record" if same_content is not None else "duplicate_id"
-                first, what = same_id, "the same record" if same_content is not None else "another record"
-                text = f"has the id of record {first}, {what}"
+            if same_id is not None and same_content == first_with_content.get(same_id, same_id):
+                kind, text = "duplicate_record", f"is record {same_id} again, with the same id"
+            elif same_id is not None:
+                kind, text = "duplicate_id", f"has the id of record {same_id}, which is another"
             elif id_key(sample) is None:
                 kind, text = "duplicate_record", f"is record {same_content} again"
             else:
@@ -180,7 +181,25 @@ class _FilePass:
             yield Fault(index=index, id=printable(sample.id), kind=kind, reason=printable(reason), file=self._file)
 
 
-def locate(sources: Sequence[Source], place: int) -> tuple[Source, int]:
+def choose_views(sources: Sequence[Source], n_wanted: int, tokenization: Tokenization | None) -> list[SampleView]:
+    """Readable records spread evenly over all files, to look at. An unreadable one gives way to the next."""
+    n_all = sum(len(source) for source in sources)
+    views: list[SampleView] = []
+    taken = -1
+    for place in choose_places(n_all, n_wanted):
+        for other in range(max(place, taken + 1), n_all):
+            source, index = _locate(sources, other)
+            try:
+                sample = source[index]
+            except InputError:
+                continue
+            views.append(view_sample(sample, source.path.name, index, tokenization))
+            taken = other
+            break
+    return views
+
+
+def _locate(sources: Sequence[Source], place: int) -> tuple[Source, int]:
     """(source, index) of a record by its place among the records of all sources."""
     for source in sources:
         if place < len(source):
@@ -217,7 +236,7 @@ def _names(report: CheckReport, sources: Sequence[Source], numbers: Sequence[int
     """What records call a picture that has several names."""
     names = []
     for number in numbers[:4]:
-        source, index = locate(sources, report.ledger.first_uses[number])
+        source, index = _locate(sources, report.ledger.first_uses[number])
         ref = next(ref for ref in source[index].images if report.ledger.number(picture_key(ref)) == number)
         names.append(ref.name)
     more = f" and {len(numbers) - 4} more" if len(numbers) > 4 else ""
