@@ -97,6 +97,8 @@ def data_check(
     views = choose_views(sources, show or (PAGE_SAMPLES if output else 0), tokenization)
     paths = write_files(report, views, output) if output else {}
     screen = Console(highlight=False)
+    if not screen.is_terminal:
+        screen = Console(highlight=False, width=120)
     if show:
         screen.print(render_samples(views, ids=ids))
     if json_:
@@ -104,7 +106,7 @@ def data_check(
             typer.echo(piece, nl=False)
         typer.echo()
     else:
-        screen.print(render_report(report), width=None if screen.is_terminal else 120)
+        screen.print(render_report(report))
         for path in paths.values():
             typer.echo(path)
     if report.faults:

@@ -135,7 +135,9 @@ def _faults(report: CheckReport) -> str:
             f'<td class="number">{count:,}</td><td>{shown}</td></tr>'
         )
     head = '<thead><tr><th>kind</th><th class="number">count</th><th>records</th></tr></thead>'
-    return f'<div class="scroll"><table>{head}<tbody>{"".join(rows)}</tbody></table></div>' if rows else ""
+    return (
+        f'<div class="scroll"><table class="faults">{head}<tbody>{"".join(rows)}</tbody></table></div>' if rows else ""
+    )
 
 
 def _notes(report: CheckReport) -> str:

@@ -6,7 +6,7 @@ import html
 from collections.abc import Sequence
 
 from symphony_vlm.data.check.faults import printable
-from symphony_vlm.data.check.spans import LEGEND, SampleView, Span
+from symphony_vlm.data.check.spans import SampleView, Span, legend
 from symphony_vlm.data.check.thumbnails import thumbnail
 from symphony_vlm.data.sample import ImageRef
 
@@ -17,14 +17,13 @@ def samples_html(views: Sequence[SampleView]) -> str:
     """The list of samples with its legend; nothing without samples."""
     if not views:
         return ""
-    used = {span.kind for view in views for span in view.spans}
-    legend = "".join(f'<span class="t {kind}">{label}</span>' for kind, label in LEGEND.items() if kind in used)
+    key = "".join(f'<span class="t {kind}">{label}</span>' for kind, label in legend(views).items())
     switch = ""
     if any(view.n_tokens is not None for view in views):
         # A checkbox and a style rule: no script is needed.
         switch = '<input type="checkbox" id="ids"><label class="ids" for="ids">show token ids</label>'
     samples = "".join(_sample(view) for view in views)
-    return f'<div class="legend">{legend}</div>{switch}<div class="list">{samples}</div>'
+    return f'<div class="legend">{key}</div>{switch}<div class="list">{samples}</div>'
 
 
 def _sample(view: SampleView) -> str:
@@ -50,7 +49,10 @@ def _figure(ref: ImageRef) -> str:
 def _span(span: Span) -> str:
     text = _text(span.text).replace("\n", '<span class="return">↵</span>\n')
     ids = f"<sub>{','.join(map(str, span.ids))}</sub>" if span.ids else ""
-    return f'<span class="t {span.kind}">{text}{ids}</span>'
+    # A number belongs behind its token, not at the start of the line that the token breaks.
+    words = text.rstrip("\n")
+    line = "\n" if span.starts_line else ""
+    return f'{line}<span class="t {span.kind}">{words}{ids}{text[len(words) :]}</span>'
 
 
 def _text(value: str) -> str:

@@ -11,18 +11,17 @@ from symphony_vlm.data.conversation import IGNORE_INDEX
 from symphony_vlm.data.sample import ImagePart, Sample
 from symphony_vlm.errors import InputError
 
-__all__ = ["LEGEND", "SampleView", "Span", "choose_places", "view_sample"]
+__all__ = ["SampleView", "Span", "choose_places", "legend", "view_sample"]
 
 SpanKind = Literal["context", "supervised", "marker", "image", "cut"]
 
-LEGEND: dict[SpanKind, str] = {
+_LABELS: dict[SpanKind, str] = {
     "supervised": "supervised",
     "context": "context",
     "marker": "special token",
     "image": "image",
     "cut": "cut by max_length",
 }
-"""The kinds of spans as people read them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +32,8 @@ class Span:
     text: str
     ids: tuple[int, ...] = ()
     """Token ids; of an image, the placeholder's once."""
+    starts_line: bool = False
+    """Whether to show it on a new line that is not in the text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,13 @@ class SampleView:
     n_tokens: int | None = None
     """None without a tokenizer."""
     n_supervised: int | None = None
+
+
+def legend(views: Sequence[SampleView]) -> dict[SpanKind, str]:
+    """The kinds of spans that occur, as people read them."""
+    used = {span.kind for view in views for span in view.spans}
+    labels = _LABELS if any(view.n_tokens is not None for view in views) else _LABELS | {"marker": "role"}
+    return {kind: label for kind, label in labels.items() if kind in used}
 
 
 def choose_places(n_records: int, n_wanted: int) -> list[int]:
@@ -74,15 +82,14 @@ def view_sample(sample: Sample, file: str, index: int, tokenization: Tokenizatio
 
 def _text_spans(sample: Sample) -> Iterator[Span]:
     """Roles as markers, answers as supervised: without a template nothing more exact can be said."""
-    for message in sample.messages:
-        yield Span(kind="marker", text=f"{message.role}: ")
+    for number, message in enumerate(sample.messages):
+        yield Span(kind="marker", text=f"{message.role}: ", starts_line=number > 0)
         kind: SpanKind = "supervised" if message.role == "assistant" else "context"
         for part in message.parts:
             if isinstance(part, ImagePart):
                 yield Span(kind="image", text=f"[image {sample.images[part.index].name}]")
             else:
                 yield Span(kind=kind, text=part.text)
-        yield Span(kind="context", text="\n")
 
 
 def _token_spans(ids: Sequence[int], labels: Sequence[int], made: Tokenization, *, has_images: bool) -> Iterator[Span]:

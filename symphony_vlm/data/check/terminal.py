@@ -13,13 +13,13 @@ from rich.text import Text
 
 from symphony_vlm.data.check.faults import KINDS, printable
 from symphony_vlm.data.check.report import CheckReport
-from symphony_vlm.data.check.spans import LEGEND, SampleView
+from symphony_vlm.data.check.spans import SampleView, legend
 from symphony_vlm.data.check.tokens import percentiles
 
 __all__ = ["render_report", "render_samples"]
 
 _STYLES = {"supervised": "green", "context": "", "marker": "magenta", "image": "bold cyan", "cut": "red strike"}
-_EXAMPLES = 3
+_EXAMPLES = 2
 
 
 def render_report(report: CheckReport) -> RenderableType:
@@ -32,7 +32,8 @@ def render_report(report: CheckReport) -> RenderableType:
         for note in report.notes:
             parts.append(Text(f"• {note.text}"))
             parts += [
-                Padding(Text(example, style="dim"), (0, 0, 0, 4), expand=False) for example in note.examples[:_EXAMPLES]
+                Padding(Text(_plain(example), style="dim"), (0, 0, 0, 4), expand=False)
+                for example in note.examples[:_EXAMPLES]
             ]
         parts.append(Text())
     parts.append(_verdict(report))
@@ -44,7 +45,9 @@ def _counts(report: CheckReport) -> Table:
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
     for file in report.files:
-        table.add_row("file" if file is report.files[0] else "", Text(f"{file.name} ({file.records:,} records)"))
+        table.add_row(
+            "file" if file is report.files[0] else "", Text(f"{_plain(file.name)} ({file.records:,} records)")
+        )
     table.add_row("records", f"{report.n_records:,}  ({_modalities(report)})")
     table.add_row("images", f"{len(report.ledger):,} different, used {report.n_image_uses:,} times{_sizes(report)}")
     values, unit = report.lengths
@@ -77,12 +80,12 @@ def _sizes(report: CheckReport) -> str:
 
 def _faults(report: CheckReport) -> Table:
     table = Table(box=SIMPLE_HEAD, title=f"{len(report.faults):,} faults", title_justify="left", title_style="bold red")
-    table.add_column("kind", style="red", no_wrap=True)
+    table.add_column("kind", min_width=18, max_width=28)
     table.add_column("count", justify="right")
     table.add_column("examples", overflow="fold")
     for kind, count in report.faults.by_kind.most_common():
         examples = report.faults.examples[kind][:_EXAMPLES]
-        text = Text("\n").join(Text(fault.reason) for fault in examples)
+        text = Text("\n").join(Text(_plain(fault.reason)) for fault in examples)
         more = count - len(examples)
         if more:
             text.append(f"\nand {more:,} more", style="dim")
@@ -104,8 +107,8 @@ def _verdict(report: CheckReport) -> Text:
 
 def render_samples(views: Sequence[SampleView], *, ids: bool = False) -> RenderableType:
     """Samples with every piece coloured; with ``ids`` each token is followed by its number."""
-    legend = Text("  ").join(Text(label, style=_STYLES[kind]) for kind, label in LEGEND.items())
-    return Group(legend, Text(), *_interleave(_sample(view, ids=ids) for view in views))
+    key = Text("  ").join(Text(label, style=_STYLES[kind]) for kind, label in legend(views).items())
+    return Group(key, Text(), *_interleave(_sample(view, ids=ids) for view in views))
 
 
 def _interleave(items: Iterable[RenderableType]) -> list[Any]:
@@ -113,23 +116,25 @@ def _interleave(items: Iterable[RenderableType]) -> list[Any]:
 
 
 def _sample(view: SampleView, *, ids: bool) -> Group:
-    title = Text(f"{view.file}: record {view.index}", style="bold")
-    title.append(f"  id {printable(view.sample.id)}", style="dim")
+    title = Text(f"{_plain(view.file)}: record {view.index}", style="bold")
+    title.append(f"  id {_plain(view.sample.id)}", style="dim")
     if view.n_tokens is not None:
         title.append(f"  {view.n_tokens} tokens, {view.n_supervised} supervised", style="dim")
-    lines = [title, *(Text(f"image {ref.name}", style="dim cyan") for ref in view.sample.images)]
+    lines = [title, *(Text(f"image {_plain(ref.name)}", style="dim cyan") for ref in view.sample.images)]
     body = Text()
     for number, span in enumerate(view.spans):
         # Tokens side by side need a border: every other one is underlined.
         style = _STYLES[span.kind]
         tokens = view.n_tokens is not None and span.kind in ("supervised", "context")
-        body.append(printable(_visible(span.text)), style=f"{style} underline" if tokens and number % 2 else style)
+        shown = "↵\n".join(map(_plain, span.text.split("\n")))
+        words = shown.rstrip("\n")
+        body.append("\n" * span.starts_line + words, style=f"{style} underline" if tokens and number % 2 else style)
         if ids and span.ids:
             body.append(f"({','.join(map(str, span.ids))})", style="dim")
+        body.append(shown[len(words) :])
     return Group(*lines, Padding(body, (0, 0, 0, 2), expand=False))
 
 
-def _visible(text: str) -> str:
-    """Control characters of the data must not reach the terminal, and a line feed as a token must be seen."""
-    shown = "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)
-    return shown.replace("\n", "↵\n")
+def _plain(text: str) -> str:
+    """The text with control characters written out: those of the data must not reach the terminal."""
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in printable(text))
