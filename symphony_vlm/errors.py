@@ -17,20 +17,27 @@ class InputError(ValueError):
         problem: What is wrong, with the offending value and what was expected instead.
         where: The file, record, field or option at fault, e.g. ``"train.json: record 12 (id 'a7')"``.
         remedy: What the user can do about it.
+        kind: A short stable name for programs, e.g. ``empty_answer``, where faults of data are counted by kind.
     """
 
-    def __init__(self, problem: str, *, where: str | None = None, remedy: str | None = None) -> None:
+    record_id: str | None = None
+    """The id of the record at fault, once whoever read the record has filled it in."""
+
+    def __init__(
+        self, problem: str, *, where: str | None = None, remedy: str | None = None, kind: str | None = None
+    ) -> None:
         self.problem = problem
         self.where = where
         self.remedy = remedy
+        self.kind = kind
         text = f"{where}: {problem}" if where else problem
         sentence = text if text.endswith("?") else f"{text.rstrip('.')}."
         super().__init__(f"{sentence} {remedy}" if remedy else text)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Exceptions are pickled by their text alone; this one crosses from worker processes with its parts.
-        return _rebuild, (self.problem, self.where, self.remedy)
+        return _rebuild, (self.problem, self.where, self.remedy, self.kind), {"record_id": self.record_id}
 
 
-def _rebuild(problem: str, where: str | None, remedy: str | None) -> InputError:
-    return InputError(problem, where=where, remedy=remedy)
+def _rebuild(problem: str, where: str | None, remedy: str | None, kind: str | None) -> InputError:
+    return InputError(problem, where=where, remedy=remedy, kind=kind)

@@ -20,6 +20,7 @@ import typer
 from PIL import Image
 
 from symphony_vlm import cli
+from symphony_vlm.cli import entry
 from symphony_vlm.errors import InputError
 
 REPOSITORY = Path(__file__).parents[1]
@@ -287,7 +288,7 @@ def test_one_picture_can_be_corrupted_and_equal_seeds_give_equal_pixels(
 
 def test_the_environment_of_the_caller_wins_over_our_quiet_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "debug")
-    cli._quiet_libraries()
+    entry._quiet_libraries()
     assert os.environ["TRANSFORMERS_VERBOSITY"] == "debug"
 
 

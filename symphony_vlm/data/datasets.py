@@ -80,12 +80,18 @@ class SampleSource(Sequence[Sample]):
         return self._sample(range(len(self))[operator.index(index)])
 
     def _sample(self, index: int) -> Sample:
-        return sample_from_record(
-            self._records[index],
-            where=f"{self.path.name}: {self._records.label(index)}",
-            index=index,
-            image_folder=self.image_folder,
-        )
+        record = self._records[index]
+        try:
+            return sample_from_record(
+                record,
+                where=f"{self.path.name}: {self._records.label(index)}",
+                index=index,
+                image_folder=self.image_folder,
+            )
+        except InputError as error:
+            name = record.get("id") if isinstance(record, dict) else None
+            error.record_id = str(name) if isinstance(name, (str, int)) else None
+            raise
 
 
 def open_samples(

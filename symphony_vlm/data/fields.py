@@ -43,11 +43,12 @@ def is_given(value: object) -> bool:
 def text_value(value: object, field: str, origin: str, *, required: bool) -> str:
     """A string that can be written as UTF-8, and is not blank if it is required (an answer)."""
     if not isinstance(value, str):
-        raise InputError(f"field '{field}' is {shortened(value)}; it must be a string", where=origin)
+        raise InputError(f"field '{field}' is {shortened(value)}; it must be a string", where=origin, kind="value_type")
     if required and not value.strip():
         raise InputError(
             f"field '{field}' is {shortened(value)}; an answer must not be empty",
             where=origin,
+            kind="empty_answer",
             remedy="There would be nothing to learn from it: fill it in, or remove the turn with its question.",
         )
     try:
@@ -56,6 +57,7 @@ def text_value(value: object, field: str, origin: str, *, required: bool) -> str
         raise InputError(
             f"field '{field}' has half a surrogate pair at character {error.start}, which is no text",
             where=origin,
+            kind="surrogate",
             remedy="Write the file again from the source text as UTF-8.",
         ) from error
     return value
@@ -95,6 +97,7 @@ class ImageReader:
             raise InputError(
                 f"field '{field}' is {shortened(item)}; it must be a path, base64, encoded bytes, or a list of these",
                 where=self.origin,
+                kind="image_field",
                 remedy="Leave the field out for a record without an image.",
             )
         if item[:5].lower() == "data:":
@@ -108,15 +111,19 @@ class ImageReader:
 
     def from_base64(self, item: object, field: str) -> ImageRef:
         """An image that is known to be base64 text."""
-        return image_from_base64(
-            text_value(item, field, self.origin, required=False), name=f"{self.origin}, field '{field}'"
-        )
+        text = text_value(item, field, self.origin, required=False)
+        try:
+            return image_from_base64(text, name=f"{self.origin}, field '{field}'")
+        except InputError as error:
+            error.kind = "image_base64"
+            raise
 
     def _file_url(self, url: str, scheme: str, field: str) -> Path:
         if scheme.lower() != "file":
             raise InputError(
                 f"field '{field}' is the web address {shortened(url)}; nothing is downloaded while training",
                 where=self.origin,
+                kind="web_address",
                 remedy="Download the image and give its path.",
             )
         host, slash, rest = url[len("file://") :].partition("/")

@@ -44,6 +44,7 @@ def place_images(
         raise InputError(
             f"{len(places)} {IMAGE_MARKER} marker(s) in the questions{also} but {len(own)} image(s) in the record",
             where=origin,
+            kind="marker_count",
             remedy=hint
             or "Give one marker for each image, or no marker at all to have the images put first; to write about "
             f'{IMAGE_MARKER} itself, use messages with {{"type": "text"}} parts.',

@@ -54,6 +54,7 @@ class JsonRecords:
             raise InputError(
                 describe_json_error(error),
                 where=where,
+                kind="invalid_json",
                 remedy="Each line of a .jsonl file must be one complete record; name a JSON list .json.",
             ) from error
 

@@ -1,6 +1,7 @@
 """Check every record and every image of a source before anything expensive starts.
 
 A training run that meets its first broken image after six hours has wasted six hours; this pass finds all of them.
+``symphony-vlm data check`` makes the same pass and looks for more, see ``check/``.
 """
 
 from __future__ import annotations
@@ -8,26 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
-from symphony_vlm.data.images import MAX_PIXELS, check_image_present, image_key, load_image
+from symphony_vlm.data.check.faults import Fault, fault_of_record
+from symphony_vlm.data.check.images import ImageFinding, ImageLimits, check_image, check_presence
+from symphony_vlm.data.check.scan import ImageLedger, scan
+from symphony_vlm.data.images import MAX_PIXELS
 from symphony_vlm.data.sample import ImageRef, Sample
 from symphony_vlm.errors import InputError
 
 __all__ = ["Fault", "PreflightReport", "check_samples"]
 
 _NAMED_FAULTS = 5
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fault:
-    """One record that cannot be used."""
-
-    index: int
-    id: str
-    """The record's id; its index if the record could not be read."""
-    reason: str
-    """File, record, field or image, what is wrong and what to do, in one line."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +34,7 @@ class PreflightReport:
     n_image_uses: int
     """Places where an image is used, over all records that could be read."""
     faults: tuple[Fault, ...]
+    """One for each record that cannot be used: its first."""
     usable: tuple[int, ...]
     """Indices of the records without a fault, ascending."""
 
@@ -65,46 +60,39 @@ def check_samples(
     Raises:
         InputError: Faults under ``error`` (the first five and the number of all), or no record left under ``skip``.
     """
-    check = partial(load_image, max_pixels=max_pixels) if decode_images else check_image_present
-    verdicts: dict[str, str | None] = {}
+    file = getattr(source, "path", Path()).name
+    ledger = ImageLedger(partial(_check_image, max_pixels) if decode_images else check_presence)
     faults: list[Fault] = []
     usable: list[int] = []
     n_image_uses = 0
-    for index in range(len(source)):
-        try:
-            sample = source[index]
-        except InputError as error:
-            faults.append(Fault(index=index, id=str(index), reason=str(error)))
+    for record in scan(source, ledger):
+        bad = next((finding for finding in record.findings if finding.kind is not None), None)
+        if record.sample is None:
+            assert record.error is not None
+            faults.append(fault_of_record(record.error, index=record.index, file=file))
         else:
-            n_image_uses += len(sample.images)
-            reasons = [reason for ref in sample.images if (reason := _verdict(ref, verdicts, check)) is not None]
-            if reasons:
-                faults.append(Fault(index=index, id=sample.id, reason=f"{sample.origin}: {reasons[0]}"))
+            n_image_uses += len(record.sample.images)
+            if bad is None:
+                usable.append(record.index)
             else:
-                usable.append(index)
+                assert bad.kind is not None
+                reason = f"{record.sample.origin}: {bad.reason}"
+                faults.append(Fault(index=record.index, id=record.sample.id, kind=bad.kind, reason=reason, file=file))
         if progress is not None:
-            progress(index + 1, len(source))
+            progress(record.index + 1, len(source))
     if faults and (on_bad_sample == "error" or not usable):
         raise _too_many(faults, len(source), skipping=on_bad_sample == "skip")
     return PreflightReport(
         n_records=len(source),
-        n_images=len(verdicts),
+        n_images=len(ledger),
         n_image_uses=n_image_uses,
         faults=tuple(faults),
         usable=tuple(usable),
     )
 
 
-def _verdict(ref: ImageRef, verdicts: dict[str, str | None], check: Callable[[ImageRef], object]) -> str | None:
-    """Why the image cannot be used, or None; remembered, as many records may share an image."""
-    key = image_key(ref)
-    if key not in verdicts:
-        try:
-            check(ref)
-            verdicts[key] = None
-        except InputError as error:
-            verdicts[key] = str(error)
-    return verdicts[key]
+def _check_image(max_pixels: int, ref: ImageRef) -> ImageFinding:
+    return check_image(ref, ImageLimits(max_pixels=max_pixels))
 
 
 def _too_many(faults: Sequence[Fault], n_records: int, *, skipping: bool) -> InputError:

@@ -62,7 +62,9 @@ def sample_from_record(record: object, *, where: str, index: int, image_folder: 
     """
     if not isinstance(record, dict):
         raise InputError(
-            f"is {shortened(record)}; a record must be an object with the fields id, image, and {FORMS}", where=where
+            f"is {shortened(record)}; a record must be an object with the fields id, image, and {FORMS}",
+            where=where,
+            kind="record_type",
         )
     sample_id = _sample_id(record.get("id"), where, index)
     origin = where if record.get("id") is None else f"{where} (id {sample_id!r})"
@@ -87,7 +89,9 @@ def _sample_id(value: object, where: str, index: int) -> str:
     if value is None:
         return str(index)
     if isinstance(value, bool) or not isinstance(value, (str, int)):
-        raise InputError(f"field 'id' is {shortened(value)}; it must be a string or an integer", where=where)
+        raise InputError(
+            f"field 'id' is {shortened(value)}; it must be a string or an integer", where=where, kind="id_type"
+        )
     return text_value(str(value), "id", where, required=False)
 
 
@@ -105,6 +109,7 @@ def _form(record: Mapping[str, Any], origin: str) -> RecordForm:
         raise InputError(
             f"field 'conversations' is missing; a record must have {FORMS}",
             where=origin,
+            kind="conversations",
             remedy=f"Fields of this record: {', '.join(map(str, record)) or 'none'}.",
         )
     return "conversations" if "conversations" in record else "messages"
@@ -128,7 +133,7 @@ def _hint(meta: Mapping[str, Any]) -> str | None:
 def _question_turns(row: Mapping[str, Any], origin: str) -> list[Turn]:
     for field in ("question", "answer"):
         if field not in row:
-            raise InputError(f"field '{field}' is missing", where=origin)
+            raise InputError(f"field '{field}' is missing", where=origin, kind="field_missing")
     question = text_value(row["question"], "question", origin, required=False)
     answer = _answer(row["answer"], origin)
     return [Turn("user", split_at_markers(question)), Turn("assistant", [answer], answer.count(IMAGE_MARKER))]
@@ -143,6 +148,8 @@ def _answer(value: object, origin: str) -> str:
         return text_value(given.most_common(1)[0][0] if given else "", "answer", origin, required=True)
     if not isinstance(value, str):
         raise InputError(
-            f"field 'answer' is {shortened(value)}; it must be a string, a number or a list of strings", where=origin
+            f"field 'answer' is {shortened(value)}; it must be a string, a number or a list of strings",
+            where=origin,
+            kind="value_type",
         )
     return text_value(value, "answer", origin, required=True)

@@ -77,6 +77,7 @@ def read_turns(record: Mapping[str, Any], field: str, images: ImageReader) -> li
         raise InputError(
             f"field '{field}' is {shortened(values)}; it must be a list of turns {_TURN_FORM}, the first a question",
             where=origin,
+            kind="conversations" if values != [] else "conversations_empty",
         )
     turns = [_turn(value, f"{field}[{number}]", images) for number, value in enumerate(values)]
     _check_order(turns, values, field, origin)
@@ -110,7 +111,9 @@ def _text_turn(role: Role, text: str) -> Turn:
 def _turn(turn: object, field: str, images: ImageReader) -> Turn:
     origin = images.origin
     if not isinstance(turn, dict) or not (is_given(turn.get("from")) or is_given(turn.get("role"))):
-        raise InputError(f"field '{field}' is {shortened(turn)}; it must be {_TURN_FORM}", where=origin)
+        raise InputError(
+            f"field '{field}' is {shortened(turn)}; it must be {_TURN_FORM}", where=origin, kind="turn_form"
+        )
     who, what = ("role", "content") if is_given(turn.get("role")) else ("from", "value")
     name = turn[who]
     if (isinstance(name, str) and name in _TOOL_ROLES) or turn.get("tool_calls") or turn.get("function_call"):
@@ -122,7 +125,9 @@ def _turn(turn: object, field: str, images: ImageReader) -> Turn:
     role = _ROLES.get(name) if isinstance(name, str) else None
     if role is None:
         raise InputError(
-            f"field '{field}.{who}' is {shortened(name)}; it must be one of {', '.join(_ROLES)}", where=origin
+            f"field '{field}.{who}' is {shortened(name)}; it must be one of {', '.join(_ROLES)}",
+            where=origin,
+            kind="unknown_role",
         )
     # What ms-swift and OpenAI leave out of the loss would be trained here in silence.
     if role == "assistant" and any(turn.get(key) == 0 for key in ("loss", "weight")):
@@ -135,6 +140,7 @@ def _turn(turn: object, field: str, images: ImageReader) -> Turn:
         raise InputError(
             f"field '{field}.{what}' is missing; a turn must be {_TURN_FORM}",
             where=origin,
+            kind="turn_form",
             remedy=f"Fields of this turn: {', '.join(map(str, turn))}.",
         )
     value = turn[what]
@@ -207,6 +213,7 @@ def _check_order(turns: Sequence[Turn], values: Sequence[Any], field: str, origi
             raise InputError(
                 f"field '{field}[{number}].{who}' is {values[number][who]!r} where {wanted} is due",
                 where=origin,
+                kind="role_order",
                 remedy="After an optional system turn, questions and answers must alternate, a question first.",
             )
     if turns[-1].role != "assistant":
@@ -214,5 +221,6 @@ def _check_order(turns: Sequence[Turn], values: Sequence[Any], field: str, origi
         raise InputError(
             f"the last of {len(turns)} turns is from {last!r}; a conversation must end with an answer",
             where=origin,
+            kind="no_final_answer",
             remedy="Add the answer, or remove the last turn.",
         )

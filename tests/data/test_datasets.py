@@ -410,7 +410,7 @@ class TestPreflight:
         report = check_samples(source, on_bad_sample="skip", progress=lambda done, total: calls.append((done, total)))
         assert (report.n_records, report.n_images, report.n_image_uses) == (8, 5, 7)
         assert report.usable == (0, 1, 2, 5)
-        assert [(fault.index, fault.id) for fault in report.faults] == [(3, "r3"), (4, "r4"), (6, "r6"), (7, "7")]
+        assert [(fault.index, fault.id) for fault in report.faults] == [(3, "r3"), (4, "r4"), (6, "r6"), (7, "r7")]
         assert calls == [(done, 8) for done in range(1, 9)]
 
     def test_without_decoding_only_presence_is_checked(self, source: SampleSource) -> None:

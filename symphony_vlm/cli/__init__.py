@@ -1,0 +1,10 @@
+"""The command line. Heavy libraries are imported inside the commands, so that ``--help`` answers at once.
+
+Each file holds the commands of one subject; importing it adds them to the application, in the order of ``--help``.
+"""
+
+from symphony_vlm.cli import training, evaluation, serving, data, recipes  # noqa: F401, I001
+from symphony_vlm.cli.application import app
+from symphony_vlm.cli.entry import main
+
+__all__ = ["app", "main"]
