@@ -48,7 +48,8 @@ def hostile(tmp_path: Path) -> Path:
         }
         for number, name in enumerate(["<b>'\".png", attack])
     ]
-    records.append({"id": "half \ud83d", "conversations": [{"from": attack, "value": "a"}]})
+    records.append({"id": "half \ud83d", "conversations": [{"from": "human", "value": "a"}]})
+    records.append({"id": attack, "conversations": [{"from": attack, "value": "a"}]})
     (tmp_path / "train.json").write_text(json.dumps(records))
     return tmp_path / "train.json"
 
@@ -208,6 +209,7 @@ def test_the_page_is_self_contained_and_shows_the_data_as_text(
     assert "<b>'\".png" in page.text
     assert [json.loads(line)["kind"] for line in (out / "faults.jsonl").read_text().splitlines()] == [
         "image_missing",
+        "surrogate",
         "unknown_role",
     ]
 
