@@ -146,6 +146,8 @@ def _for_router(recipe: Recipe, router: str, start: Path, scenes: Path) -> Recip
     data = recipe.data.model_copy(
         update={
             "scenes": None,
+            # The encoder stays as it was in the shared stages, and so do its features.
+            "feature_cache": recipe.data.feature_cache or str(scenes.parent / "features"),
             "train": str(scenes / "train.json"),
             "captions": str(scenes / "captions_train.json"),
         }

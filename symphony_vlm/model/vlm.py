@@ -290,6 +290,9 @@ class SymphonyVLMForConditionalGeneration(SymphonyPreTrainedModel, GenerationMix
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, but the image placeholder is never an answer: the next step would want an image there."""
+        if kwargs.get("vision_features") is not None:
+            sizes = kwargs.pop("image_sizes", None)
+            kwargs["image_features"] = self.project_image_features(kwargs.pop("vision_features"), sizes)
         kwargs["suppress_tokens"] = sorted({self.config.image_token_id, *(kwargs.get("suppress_tokens") or ())})
         return super().generate(*args, **kwargs)
 

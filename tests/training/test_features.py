@@ -185,6 +185,19 @@ def test_with_the_cache_a_batch_without_images_passes_the_projector_but_not_the_
     torch.testing.assert_close(loss, tiny_model(input_ids=ids, labels=ids).loss)
 
 
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_generation_from_a_towers_output_is_generation_from_pixels(
+    tiny_model: SymphonyVLMForConditionalGeneration, num_beams: int
+) -> None:
+    inputs = tiny_model.probe_inputs()
+    settings: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "num_beams": num_beams}
+    expected = tiny_model.generate(**inputs, **settings)
+    with torch.no_grad():
+        features = tiny_model.vision_tower(inputs["pixel_values"])
+    answer = tiny_model.generate(input_ids=inputs["input_ids"], vision_features=features, **settings)
+    assert torch.equal(answer, expected)
+
+
 @pytest.mark.parametrize(
     "setting", ["stages.instruct.train={vision_tower: 1.0e-3}", "stages.instruct.train={vision_tower.visual: 1.0e-3}"]
 )
