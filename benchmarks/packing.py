@@ -64,7 +64,7 @@ def cases(
     """
     recipe = load_recipe("tiny" if tiny else "instruct_small")
     with tempfile.TemporaryDirectory() as folder:
-        setup = _set_up(recipe, 8 if tiny else 128, Path(folder), data, image_folder)
+        setup = _set_up(recipe, 8 if tiny else 256, Path(folder), data, image_folder)
         setup.model.to(device)
         for per_step in (4,) if tiny else (16, 32, 64):
             yield _case(setup, per_step, device)

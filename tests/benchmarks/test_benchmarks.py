@@ -158,3 +158,27 @@ def test_the_routers_benchmark_has_everything_that_symphony_adds(
     # Some twenty operations on 4 x 4 matrices more, several times the noise of ten samples.
     assert both["timings"]["with step too"]["difference"] > both["timings"]["with graph"]["difference"]
     assert both["timings"]["router"]["seconds"] < both["whole"]
+
+
+def test_cases_that_count_items_are_given_as_throughput(measure: types.ModuleType, clock: Clock) -> None:
+    from benchmarks.run import largest, markdown
+
+    contenders = {name: clock.work(lambda seconds=seconds: seconds) for name, seconds in (("a", 2.0), ("b", 0.5))}
+    case = measure.Case(settings={"size": 1}, contenders=contenders, items=("words", 30))
+    results = [(case, measure.measure(case, measure.Plan(rounds=1, alternations=2, seconds=0.0), CPU))]
+    assert markdown(results).splitlines()[-1] == "| 1 | 15.0 words/s (1.00x) | 60.0 words/s (4.00x) |"
+    assert largest(results) == ""
+
+
+def test_data_for_a_benchmark_without_data_is_refused(measure: types.ModuleType) -> None:
+    from benchmarks.run import main
+
+    with pytest.raises(SystemExit, match="'router' takes no data"):
+        main(["router", "--tiny", "--data", "records.json"])
+
+
+def test_packing_trains_on_the_same_tokens_in_fewer_places(run: Callable[[str], tuple[str, dict[str, Any]]]) -> None:
+    (case,) = run("packing")[1]["cases"]
+    assert list(case["timings"]) == ["padded", "grouped by length", "packed"]
+    settings = case["settings"]
+    assert settings["tokens"] <= settings["places packed"] < settings["places padded"]
