@@ -182,7 +182,9 @@ class ChatTemplate:
             return marker
         if marker.startswith(self.opening.rstrip(" ")) or self.opening.startswith(marker.rstrip(" ")):
             return self.opening
-        _refuse(f"opens an answer with {marker[-60:]!r} in a conversation and {self.opening[-60:]!r} to generate", origin)
+        _refuse(
+            f"opens an answer with {marker[-60:]!r} in a conversation and {self.opening[-60:]!r} to generate", origin
+        )
 
 
 def _refuse(problem: str, origin: str) -> NoReturn:
@@ -234,9 +236,7 @@ def _conversation(roles: Sequence[Role], contents: Sequence[str]) -> list[dict[s
     return [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
 
 
-def _render(
-    text: str, tokenizer: Any, messages: Sequence[dict[str, str]], generation_prompt: bool, origin: str
-) -> str:
+def _render(text: str, tokenizer: Any, messages: Sequence[dict[str, str]], generation_prompt: bool, origin: str) -> str:
     """The text of a conversation, by transformers' sandboxed jinja."""
     from jinja2.exceptions import TemplateError
 
