@@ -1,8 +1,8 @@
 """The tokenizer's own chat template: a conversation in segments, without ever searching for words inside its text.
 
-The conversation is rendered once with a private mark in the place of every message's content. The text between the marks
-is the template's, so the pieces are known. What the template does with the contents themselves is checked by a second
-rendering: they may be trimmed, nothing else.
+The conversation is rendered once with a private mark in the place of every message's content. The text between the
+marks is the template's, so the pieces are known. What the template does with the contents themselves is checked by a
+second rendering: they may be trimmed, nothing else.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 from symphony_vlm.data.sample import ImagePart, Message, Role
 from symphony_vlm.data.segments import Segment, control_tokens
@@ -21,7 +21,7 @@ __all__ = ["ChatTemplate"]
 
 _WHERE = "the tokenizer's chat template"
 _OPEN, _CLOSE = "\uf8f0", "\uf8f1"
-"""Around a private mark: code points that Unicode leaves to private use. A number that no text contains makes it unique."""
+"""Around a private mark: code points for private use, and behind the first a number that no text has there."""
 
 _PRELUDE = (
     "{%- set flat = namespace(messages=[]) -%}{%- for m in messages -%}{%- set joined = namespace(text='') -%}"
@@ -50,7 +50,7 @@ class ChatTemplate:
     text: str
     """The jinja text; contents may be texts or lists of parts with images."""
     opening: str
-    """From the end of a question to its answer, as the generation prompt has it. Every answer is opened so in training."""
+    """From the end of a question to its answer, as the generation prompt has it; in training too, for every answer."""
     closing: str
     """From the end of an answer to the token that closes it: that token, perhaps after white space."""
 
@@ -155,7 +155,7 @@ class ChatTemplate:
                 marker = self._opened(marker, origin)
             if i > 0 and roles[i - 1] == "assistant":
                 if not marker.startswith(self.closing):
-                    _refuse(f"closes an answer with {marker[:40]!r} instead of {self.closing!r}", origin)
+                    raise _refusal(f"closes an answer with {marker[:40]!r} instead of {self.closing!r}", origin)
                 yield Segment("close", marker)
             else:
                 yield Segment("marker", marker)
@@ -167,9 +167,9 @@ class ChatTemplate:
         found = [int(mark["index"]) for mark in _marks(number).finditer(rendered)]
         for i, role in enumerate(roles):
             if found.count(i) != 1:
-                _refuse(f"writes message {i + 1} ({role}) {found.count(i)} times instead of once", origin)
+                raise _refusal(f"writes message {i + 1} ({role}) {found.count(i)} times instead of once", origin)
         if found != sorted(found):
-            _refuse("changes the order of the messages", origin)
+            raise _refusal("changes the order of the messages", origin)
         return re.split(_marks(number).pattern.replace("(?P<index>", "(?:"), rendered)
 
     def _opened(self, marker: str, origin: str) -> str:
@@ -182,13 +182,13 @@ class ChatTemplate:
             return marker
         if marker.startswith(self.opening.rstrip(" ")) or self.opening.startswith(marker.rstrip(" ")):
             return self.opening
-        _refuse(
+        raise _refusal(
             f"opens an answer with {marker[-60:]!r} in a conversation and {self.opening[-60:]!r} to generate", origin
         )
 
 
-def _refuse(problem: str, origin: str) -> NoReturn:
-    raise InputError(
+def _refusal(problem: str, origin: str) -> InputError:
+    return InputError(
         f"{_WHERE} {problem}" if origin != _WHERE else f"it {problem}",
         where=origin,
         remedy="Change the record, or name a built-in template.",
@@ -248,7 +248,7 @@ def _render(text: str, tokenizer: Any, messages: Sequence[dict[str, str]], gener
         problem = " ".join(str(error).split())[:200]
         if origin == _WHERE:
             raise InputError(f"it cannot be used: {problem}", where=origin) from error
-        _refuse(f"refuses the conversation: {problem}", origin)
+        raise _refusal(f"refuses the conversation: {problem}", origin) from error
     return rendered
 
 
@@ -267,7 +267,7 @@ def _as_rendered(markers: Sequence[str], contents: Sequence[str], rendered: str,
     )
     found = re.fullmatch(pattern + re.escape(markers[-1]), rendered)
     if found is None:
-        _refuse("looks into the messages of this conversation and rewrites them", origin)
+        raise _refusal("looks into the messages of this conversation and rewrites them", origin)
     return list(found.groups())
 
 

@@ -1,8 +1,8 @@
 """Segments of a conversation and their tokens: markers, words and images, each tokenised on its own.
 
 Markers may become special tokens, words never: a second copy of the tokenizer, in which no special token is
-recognised, reads them. That copy also adds no space of its own in front of a piece, as sentencepiece's tokenizers do, so
-that a space stands exactly where it would if the whole conversation were tokenised at once.
+recognised, reads them. That copy also adds no space of its own in front of a piece, as sentencepiece's tokenizers do,
+so that a space stands exactly where it would if the whole conversation were tokenised at once.
 """
 
 from __future__ import annotations

@@ -140,9 +140,8 @@ class SymphonyVLMProcessor(ProcessorMixin):
 
     def decode_answers(self, ids: torch.Tensor) -> list[str]:
         """Generated ids ``[B, S]`` (without the prompt) to texts, stripped, without their end and what follows it."""
-        texts: list[str] = self.tokenizer.batch_decode(
-            _until(ids.tolist(), self.stop_token_ids), skip_special_tokens=True
-        )
+        rows = _until(ids.tolist(), self.stop_token_ids)
+        texts: list[str] = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
         return [text.split(self.answer_end)[0].strip() for text in texts]
 
 
