@@ -50,8 +50,9 @@ def join_segments(segments: Iterable[Segment]) -> list[Segment]:
                 result[-1] = Segment(kind, text[:-1])
                 segment = Segment(segment.kind, " " + segment.text)
         result.append(segment)
-    if result and result[-1].kind in ("marker", "close"):
-        result[-1] = Segment(result[-1].kind, result[-1].text.removesuffix(" "))
+    if result and result[-1].kind == "marker":
+        # A generation prompt: the space belongs to the answer's first word.
+        result[-1] = Segment("marker", result[-1].text.removesuffix(" "))
     return result
 
 
