@@ -91,7 +91,7 @@ def encode_conversation(
         ids.append(tokenizer.bos_token_id)
         labels.append(IGNORE_INDEX)
     segments = template.segments(messages, tokenizer=tokenizer, generation_prompt=generation_prompt, origin=origin)
-    for kind, text, image in join_segments(segments):
+    for kind, text, image in join_segments(segments, generation_prompt=generation_prompt):
         supervised = 0
         if kind == "image":
             count = num_image_tokens if isinstance(num_image_tokens, int) else num_image_tokens[image]

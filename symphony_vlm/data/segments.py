@@ -30,7 +30,7 @@ class Segment(NamedTuple):
     image: int = 0
 
 
-def join_segments(segments: Iterable[Segment]) -> list[Segment]:
+def join_segments(segments: Iterable[Segment], *, generation_prompt: bool) -> list[Segment]:
     """Joins neighbouring markers and moves a marker's last space to the words after it.
 
     Tokenizers keep a space with the word that follows. A marker that ended in a lone space token would force words
@@ -50,9 +50,9 @@ def join_segments(segments: Iterable[Segment]) -> list[Segment]:
                 result[-1] = Segment(kind, text[:-1])
                 segment = Segment(segment.kind, " " + segment.text)
         result.append(segment)
-    if result and result[-1].kind == "marker":
-        # A generation prompt: the space belongs to the answer's first word.
-        result[-1] = Segment("marker", result[-1].text.removesuffix(" "))
+    if generation_prompt and result and result[-1].kind in ("marker", "close"):
+        # The space belongs to the answer's first word.
+        result[-1] = Segment(result[-1].kind, result[-1].text.removesuffix(" "))
     return result
 
 

@@ -212,7 +212,9 @@ CHATS = {
         closing="<|im_end|>",
         marked=(
             "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}",
-            _marked("{{- '<|im_start|>' + message.role + '\\n' }}", "{{- message.content + '<|im_end|>' }}", "{{- '\\n' }}"),
+            _marked(
+                "{{- '<|im_start|>' + message.role + '\\n' }}", "{{- message.content + '<|im_end|>' }}", "{{- '\\n' }}"
+            ),
         ),
     ),
     "qwen3": Chat(
@@ -266,7 +268,7 @@ CHATS = {
             "set loop_messages = messages[1:] %}\n{%- else %}\n    {%- set loop_messages = messages %}\n{%- endif %}\n\n"
             "{{- bos_token }}\n{%- for message in loop_messages %}\n    {%- if (message['role'] == 'user') != (loop.index0 "
             "% 2 == 0) %}\n        {{- raise_exception('After the optional system message, conversation roles must "
-            "alternate user/assistant/user/assistant/...') }}\n    {%- endif %}\n    {%- if message[\"role\"] == "
+            'alternate user/assistant/user/assistant/...\') }}\n    {%- endif %}\n    {%- if message["role"] == '
             '"user" %}\n        {%- if loop.first and system_message is defined %}\n            {{- " [INST] " + '
             'system_message + "\\n\\n" + message["content"] + " [/INST]" }}\n        {%- else %}\n            {{- " [INST]'
             ' " + message["content"] + " [/INST]" }}\n        {%- endif %}\n    {%- elif message["role"] == "assistant" '
@@ -317,7 +319,9 @@ CHATS = {
         marked=(
             "{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}",
             _marked(
-                "{{ '<start_of_turn>' + role + '\n' }}", "{{ message['content'] | trim + '<end_of_turn>' }}", "{{ '\n' }}"
+                "{{ '<start_of_turn>' + role + '\n' }}",
+                "{{ message['content'] | trim + '<end_of_turn>' }}",
+                "{{ '\n' }}",
             ),
         ),
         trims=str.strip,
@@ -332,14 +336,14 @@ CHATS = {
             'loop_messages = messages[1:] -%}\n{%- else -%}\n    {%- set first_user_prefix = "" -%}\n    {%- set '
             "loop_messages = messages -%}\n{%- endif -%}\n{%- for message in loop_messages -%}\n    {%- if "
             "(message['role'] == 'user') != (loop.index0 % 2 == 0) -%}\n        {{ raise_exception(\"Conversation roles "
-            'must alternate user/assistant/user/assistant/...") }}\n    {%- endif -%}\n    {%- if (message[\'role\'] == '
+            "must alternate user/assistant/user/assistant/...\") }}\n    {%- endif -%}\n    {%- if (message['role'] == "
             "'assistant') -%}\n        {%- set role = \"model\" -%}\n    {%- else -%}\n        {%- set role = "
             "message['role'] -%}\n    {%- endif -%}\n    {{ '<start_of_turn>' + role + '\n' + (first_user_prefix if "
             "loop.first else \"\") }}\n    {%- if message['content'] is string -%}\n        {{ message['content'] | trim }}\n"
             "    {%- elif message['content'] is iterable -%}\n        {%- for item in message['content'] -%}\n            "
             "{%- if item['type'] == 'image' -%}\n                {{ '<start_of_image>' }}\n            {%- elif "
             "item['type'] == 'text' -%}\n                {{ item['text'] | trim }}\n            {%- endif -%}\n        "
-            "{%- endfor -%}\n    {%- else -%}\n        {{ raise_exception(\"Invalid content type\") }}\n    {%- endif -%}\n"
+            '{%- endfor -%}\n    {%- else -%}\n        {{ raise_exception("Invalid content type") }}\n    {%- endif -%}\n'
             "    {{ '<end_of_turn>\n' }}\n{%- endfor -%}\n{%- if add_generation_prompt -%}\n    {{'<start_of_turn>model\n'}}"
             "\n{%- endif -%}\n"
         ),
@@ -356,7 +360,9 @@ CHATS = {
         closing="<|im_end|>",
         marked=(
             f"{{{{{_CHATML}}}}}",
-            _marked("{{'<|im_start|>' + message['role'] + '\n'}}", "{{ message['content'] + '<|im_end|>' }}", "{{ '\n' }}"),
+            _marked(
+                "{{'<|im_start|>' + message['role'] + '\n'}}", "{{ message['content'] + '<|im_end|>' }}", "{{ '\n' }}"
+            ),
         ),
     ),
     "zephyr": Chat(
