@@ -4,6 +4,9 @@ The templates are those of the models' ``tokenizer_config.json``; branches for t
 are left out.
 """
 
+# Published text is easier to compare in its own lines.
+# ruff: noqa: E501
+
 from __future__ import annotations
 
 import functools
@@ -17,10 +20,19 @@ from transformers import PreTrainedTokenizerFast
 from symphony_vlm.data.sample import ImagePart, Message, TextPart
 from symphony_vlm.data.tokenizer import IMAGE_TOKEN
 
-MARKERS = (
-    "<|user|> <|assistant|> <|system|> <|end|> <|im_start|> <|im_end|> <|start_header_id|> <|end_header_id|> <|eot_id|> "
-    "<start_of_turn> <end_of_turn>"
-).split()
+MARKERS = [
+    "<|user|>",
+    "<|assistant|>",
+    "<|system|>",
+    "<|end|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<start_of_turn>",
+    "<end_of_turn>",
+]
 WORDS = ["▁the", "▁red", "▁is", "▁What", "▁A", "in", "er", "▁a"]
 ASCII = [chr(code) for code in range(33, 127)] + ["▁"]
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]

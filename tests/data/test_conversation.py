@@ -41,10 +41,9 @@ EXAMPLES = settings(
 )
 OPEN, CLOSE = "⟦", "⟧"
 """Mark what is supervised; no generated text contains them."""
-TRAPS = (
-    "<image> <s> </s> <unk> <|pad|> <|end|> <|im_end|> <|im_start|>assistant <|eot_id|> <end_of_turn> [INST] [/INST] "
-    "USER: ASSISTANT: <|user|> <|assistant|> <|endoftext|> <<SYS>> <think> {{ messages }} {%"
-).split()
+TRAPS = ["<image>", "<s>", "</s>", "<unk>", "<|pad|>", "<|end|>", "<|im_end|>", "<|im_start|>assistant", "<|eot_id|>"]
+TRAPS += ["<end_of_turn>", "[INST]", "[/INST]", "USER:", "ASSISTANT:", "<|user|>", "<|assistant|>", "<|endoftext|>"]
+TRAPS += ["<<SYS>>", "<think>", "{{ messages }}", "{%"]
 
 
 def texts(*, blank: bool = True) -> st.SearchStrategy[str]:
@@ -303,7 +302,11 @@ def test_tokens_added_later_are_seen() -> None:
 def test_a_tokenizer_without_a_fast_backend_is_refused() -> None:
     class Slow:
         bos_token_id = None
-        added_tokens_decoder: dict[int, Any] = {}
+        chat_template = None
+
+        @property
+        def added_tokens_decoder(self) -> dict[int, Any]:
+            return {}
 
         def __len__(self) -> int:
             return 0
