@@ -91,11 +91,18 @@ def _read(path: Path, expected: str) -> dict[str, Any]:
 
 def _check_names(recipe: Recipe) -> None:
     """What the schema cannot know. A wrong word must not be found only when its stage begins, hours later."""
-    from symphony_vlm.data.conversation import get_template
+    from symphony_vlm.data.templates import check_template_name, get_template
 
-    for template in (recipe.model.template, *(stage.template for stage in recipe.stages)):
-        if template is not None:
-            get_template(template)
+    check_template_name(recipe.model.template)
+    if recipe.model.template == "tokenizer" and recipe.model.language.name is None and recipe.model.start is None:
+        raise InputError(
+            "'tokenizer' is the chat template of a pretrained model's tokenizer, and this model is new",
+            where="model.template",
+            remedy="Name a built-in template, e.g. compact.",
+        )
+    for stage in recipe.stages:
+        if stage.template is not None:
+            get_template(stage.template)
     if recipe.model.moe is not None:
         from symphony_vlm.moe.configuration import MoEConfig
 

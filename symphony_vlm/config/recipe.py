@@ -107,7 +107,9 @@ class ModelConfig(_Schema):
     vision: VisionSource
     language: LanguageConfig
     projector: Literal["linear", "mlp2x_gelu"] = "mlp2x_gelu"
-    template: str = "vicuna_v1"
+    template: str = "auto"
+    """How conversations are written (docs/templates.md): a built-in template, ``tokenizer`` for the chat template of
+    the language model's tokenizer, or ``auto``: that where there is one, else ``vicuna_v1``."""
     moe: dict[str, Any] | None = None
     """Settings of `symphony_vlm.moe.configuration.MoEConfig`, applied by the stage that upcycles."""
     start: str | None = None
@@ -160,7 +162,7 @@ class StageConfig(_Schema):
     upcycle: bool = False
     """Whether the dense language model becomes a mixture of experts before this stage."""
     template: str | None = None
-    """Overrides the model's template, e.g. ``plain`` for captions."""
+    """A built-in template instead of the model's, e.g. ``plain`` for captions."""
     epochs: float = Field(default=1.0, gt=0)
     max_steps: int = -1
     """Optimizer steps; overrides `epochs` if positive."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from symphony_vlm.data.conversation import encode_conversation, get_template
+from symphony_vlm.data.conversation import encode_conversation, resolve_template
 from symphony_vlm.data.sample import Sample
 from symphony_vlm.evaluation.statistics import clustered_bootstrap_mean
 from symphony_vlm.evaluation.task import EvaluationItem, Task
@@ -81,7 +81,7 @@ def text_only_baseline(
         items: the questions.
         seed: of the interval.
     """
-    layout = get_template(template)
+    layout = resolve_template(template, tokenizer)
     answers = []
     for start in range(0, len(items), 64):
         rows = [_text_prompt(item, layout, tokenizer) for item in items[start : start + 64]]

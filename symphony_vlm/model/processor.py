@@ -10,9 +10,11 @@ import torch
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
-from symphony_vlm.data.conversation import EncodedConversation, encode_conversation, get_template
+from symphony_vlm.data.chat_template import ChatTemplate
+from symphony_vlm.data.conversation import EncodedConversation, encode_conversation
 from symphony_vlm.data.images import ImageLike, image_size, open_image
 from symphony_vlm.data.sample import ImagePart, ImageRef, Message
+from symphony_vlm.data.templates import AUTO, Layout, resolve_template
 from symphony_vlm.data.tokenizer import IMAGE_TOKEN
 from symphony_vlm.errors import InputError
 from symphony_vlm.model.merge import position_ids_from_mask
@@ -28,7 +30,13 @@ class SymphonyVLMProcessor(ProcessorMixin):
         image_processor: prepares images.
         tokenizer: knows ``<image>`` and the template's markers.
         num_image_tokens: placeholders per image; where images become tiles, of one tile.
-        template: name of a built-in conversation template.
+        template: name of a built-in conversation template, ``tokenizer`` for the tokenizer's own, or ``auto`` for that
+            where there is one and ``vicuna_v1`` elsewhere. `self.template` and a saved processor have the choice.
+        chat_template: the same as jinja text, of a saved processor. The template ``tokenizer`` is what stands there,
+            so that a checkpoint stays as it is, whatever becomes of the tokenizer's files.
+
+    Raises:
+        InputError: no such template, or the tokenizer does not fit it.
     """
 
     def __init__(
@@ -36,14 +44,18 @@ class SymphonyVLMProcessor(ProcessorMixin):
         image_processor: Any = None,
         tokenizer: Any = None,
         num_image_tokens: int = 576,
-        template: str = "vicuna_v1",
+        template: str = AUTO,
         chat_template: str | None = None,
         **kwargs: Any,
     ) -> None:
         self.num_image_tokens = num_image_tokens
-        self.template = get_template(template).name
-        chat_template = chat_template or get_template(template).to_jinja(IMAGE_TOKEN)
-        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        if template == ChatTemplate.name and chat_template is not None:
+            layout: Layout = ChatTemplate.read(chat_template, tokenizer)
+        else:
+            layout = resolve_template(template, tokenizer)
+        self.template = layout.name
+        self._layouts = {layout.name: layout}
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or layout.to_jinja(IMAGE_TOKEN))
 
     @property
     def image_token_id(self) -> int:
@@ -102,6 +114,26 @@ class SymphonyVLMProcessor(ProcessorMixin):
             inputs.update(self.image_processor(opened))
         return BatchFeature(inputs)
 
+    def layout(self, template: str | None = None) -> Layout:
+        """How conversations are written: the processor's own template, or another by name."""
+        name = template or self.template
+        if name not in self._layouts:
+            self._layouts[name] = resolve_template(name, self.tokenizer)
+        return self._layouts[name]
+
+    @property
+    def stop_token_ids(self) -> list[int]:
+        """Where generation stops: at the token that closes an answer, and at the tokenizer's EOS."""
+        stop = self.layout().stop_token
+        ids = [] if stop is None else [self.tokenizer.convert_tokens_to_ids(stop)]
+        eos = self.tokenizer.eos_token_id
+        return ids if eos is None or eos in ids else [*ids, eos]
+
+    @property
+    def answer_end(self) -> str:
+        """The text that ends an answer."""
+        return self.layout().stop_token or "\n"
+
     def encode(
         self,
         messages: Sequence[Message],
@@ -130,7 +162,7 @@ class SymphonyVLMProcessor(ProcessorMixin):
             )
         return encode_conversation(
             messages,
-            template=get_template(template or self.template),
+            template=self.layout(template),
             tokenizer=self.tokenizer,
             image_token_id=self.image_token_id,
             num_image_tokens=self.num_image_tokens if num_image_tokens is None else num_image_tokens,
@@ -160,10 +192,10 @@ class SymphonyVLMProcessor(ProcessorMixin):
         return {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids_from_mask(mask)}
 
     def decode_answers(self, ids: torch.Tensor) -> list[str]:
-        """Generated ids ``[B, S]`` (without the prompt) to texts, end markers removed, stripped."""
-        texts: list[str] = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        end = get_template(self.template).answer_end
-        return [text.split(end)[0].strip() if end.strip() else text.split("\n")[0].strip() for text in texts]
+        """Generated ids ``[B, S]`` (without the prompt) to texts, stripped, without their end and what follows it."""
+        rows = _until(ids.tolist(), self.stop_token_ids)
+        texts: list[str] = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        return [text.split(self.answer_end)[0].strip() for text in texts]
 
 
 def _flatten(images: Any) -> list[ImageLike]:
@@ -184,6 +216,12 @@ def _expand(text: str, marks: Sequence[tuple[int, int]]) -> str:
     for start, count in reversed(marks):
         text = text[:start] + IMAGE_TOKEN * count + text[start + len(IMAGE_TOKEN) :]
     return text
+
+
+def _until(rows: list[list[int]], stop_ids: list[int]) -> list[list[int]]:
+    """The rows up to the first stop token."""
+    ends = [next((i for i, token in enumerate(row) if token in stop_ids), len(row)) for row in rows]
+    return [row[:end] for row, end in zip(rows, ends, strict=True)]
 
 
 def _replacements(marks: Sequence[tuple[int, int]]) -> list[dict[str, tuple[int, int]]]:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
-from symphony_vlm.data.conversation import get_template
 from symphony_vlm.data.images import ImageLike, open_image
 from symphony_vlm.data.sample import ImagePart, Message, TextPart
 from symphony_vlm.errors import InputError
@@ -177,7 +176,7 @@ class ChatSession:
             if features:
                 inputs["image_features"] = list(features)
             self._generation = generation = _Generation(self.model, self._processor, {**inputs, **arguments})
-            visible = _VisibleText(self._answer_end())
+            visible = _VisibleText(self._processor.answer_end)
             for piece in generation.pieces():
                 if new := visible.add(piece):
                     yield new
@@ -205,11 +204,6 @@ class ChatSession:
         self._turns = (*self._turns, turn.question, reply)
         self._features = features
         del self._pending[: len(turn.pictures)]
-
-    def _answer_end(self) -> str:
-        """The text that ends an answer, as in `SymphonyVLMProcessor.decode_answers`."""
-        end = get_template(self._processor.template).answer_end
-        return end if end.strip() else "\n"
 
 
 @dataclass(kw_only=True)

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from symphony_vlm.config.recipe import ModelConfig
-from symphony_vlm.data.conversation import get_template
 from symphony_vlm.data.sample import Sample
+from symphony_vlm.data.templates import AUTO, get_template, resolve_template
 from symphony_vlm.data.tokenizer import ensure_special_tokens, train_tokenizer
 from symphony_vlm.errors import InputError
 from symphony_vlm.model.anyres import new_image_newline
@@ -24,7 +24,14 @@ from symphony_vlm.model.vision import VisionConfig, VisionTower, build_vision_to
 from symphony_vlm.model.vlm import SymphonyVLMForConditionalGeneration
 from symphony_vlm.text import nearest
 
-__all__ = ["assemble", "check_architectures", "new_image_processor", "new_language_model", "open_tokenizer"]
+__all__ = [
+    "assemble",
+    "check_architectures",
+    "check_templates",
+    "new_image_processor",
+    "new_language_model",
+    "open_tokenizer",
+]
 
 
 _LEGACY_FIELDS = {"model_type", "rope_theta", "rope_scaling", "torch_dtype"}
@@ -67,27 +74,45 @@ def _check_keys(values: Mapping[str, Any], known: set[str], where: str) -> None:
             raise InputError(f"unknown key {key!r}{nearest(key, known)}", where=where)
 
 
-def open_tokenizer(model: ModelConfig, folder: Path, corpus: Iterable[Sequence[Sample]]) -> Any:
-    """The run's tokenizer: the pretrained language model's, or one trained on the corpus and kept in ``folder``."""
+def open_tokenizer(
+    model: ModelConfig, folder: Path, corpus: Iterable[Sequence[Sample]], stage_templates: Iterable[str] = ()
+) -> Any:
+    """The run's tokenizer: the pretrained language model's, or one trained on the corpus and kept in ``folder``.
+
+    Args:
+        model: the recipe's ``model``.
+        folder: where a new tokenizer is kept.
+        corpus: conversations for a new tokenizer.
+        stage_templates: further templates whose markers a new tokenizer should hold.
+    """
     from transformers import AutoTokenizer
 
-    template = get_template(model.template)
     if model.language.name is not None:
         tokenizer = _from_hub(AutoTokenizer, model.language.name, "model.language.name")
         ensure_special_tokens(tokenizer)
         return tokenizer
     if not (folder / "tokenizer.json").is_file():
-        end = template.answer_end if template.answer_end.strip() else "<|end|>"
+        template = get_template("vicuna_v1" if model.template == AUTO else model.template)
+        end = template.stop_token or "<|end|>"
+        markers = [t for name in (template.name, *stage_templates) for t in get_template(name).special_tokens]
         texts = list(_texts(corpus))
-        tokenizer = train_tokenizer(
-            texts, vocab_size=model.language.vocab_size, special_tokens=template.special_tokens, end_token=end
-        )
+        tokenizer = train_tokenizer(texts, vocab_size=model.language.vocab_size, special_tokens=markers, end_token=end)
         # Saved next to its place and renamed, so that a kill leaves no half of it to be opened by the next start.
         temporary = folder.with_name(f".{folder.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         tokenizer.save_pretrained(temporary)
         temporary.rename(folder)
     return AutoTokenizer.from_pretrained(folder)
+
+
+def check_templates(templates: Iterable[str], tokenizer: Any) -> None:
+    """Checks before anything trains that the tokenizer fits the templates of all stages.
+
+    Raises:
+        InputError: see `data.templates.resolve_template`.
+    """
+    for name in templates:
+        resolve_template(name, tokenizer)
 
 
 def _texts(corpus: Iterable[Sequence[Sample]]) -> Iterator[str]:
@@ -189,7 +214,8 @@ def assemble(
     vlm.projector = build_projector(model.projector, tower.hidden_size, config.hidden_size)
     if vlm.image_newline is not None:
         vlm.image_newline = new_image_newline(config.hidden_size)
-    vlm.generation_config.eos_token_id = tokenizer.eos_token_id
+    stops = processor.stop_token_ids
+    vlm.generation_config.eos_token_id = stops[0] if len(stops) == 1 else stops
     vlm.generation_config.pad_token_id = tokenizer.pad_token_id
     vlm.processor = processor
     return vlm

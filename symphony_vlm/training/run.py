@@ -77,15 +77,18 @@ def train(recipe: Recipe, output: Path, *, console: Console | None = None) -> Tr
 
 def _open(recipe: Recipe, output: Path, state: RunState, console: Console) -> RunContext:
     """Checks the recipe, opens the data and the tokenizer, and records where the result comes from."""
-    from symphony_vlm.training.parts import check_architectures, open_tokenizer
+    from symphony_vlm.training.parts import check_architectures, check_templates, open_tokenizer
     from symphony_vlm.training.stages import RunContext
 
     check_architectures(recipe.model)
     # Names and records may hold [/INST] and the like, which the console would take for markup.
     data = open_run_data(recipe, output, partial(console.print, markup=False))
+    templates = {stage.template for stage in recipe.stages if stage.template is not None}
     tokenizer = _tokenizer_of(recipe.model.start) or open_tokenizer(
-        recipe.model, output / "tokenizer", data.train.values()
+        recipe.model, output / "tokenizer", data.train.values(), sorted(templates)
     )
+    # A saved model brings its own template with it.
+    check_templates(sorted(templates | ({recipe.model.template} if recipe.model.start is None else set())), tokenizer)
     write_json(
         output / "provenance.json",
         provenance(

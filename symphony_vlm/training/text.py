@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from symphony_vlm.data.conversation import encode_conversation, get_template
+from symphony_vlm.data.conversation import encode_conversation, resolve_template
 from symphony_vlm.data.sample import Message, Sample, TextPart
 from symphony_vlm.errors import InputError
 
@@ -37,10 +37,11 @@ class TextBlocks(Dataset[dict[str, Tensor]]):
 
     def __init__(self, samples: Sequence[Sample], *, tokenizer: Any, template: str, block_size: int) -> None:
         stream: list[int] = []
+        layout = resolve_template(template, tokenizer)
         for sample in samples:
             encoded = encode_conversation(
                 without_images(sample.messages),
-                template=get_template(template),
+                template=layout,
                 tokenizer=tokenizer,
                 image_token_id=-1,
                 num_image_tokens=0,
