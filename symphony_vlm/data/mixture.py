@@ -6,6 +6,7 @@ import random
 from array import array
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from symphony_vlm.data.sample import Sample
@@ -102,6 +103,8 @@ class WithoutRecords(Sequence[Sample]):
     """
 
     def __init__(self, source: Sequence[Sample], left_out: Collection[int]) -> None:
+        self.path = getattr(source, "path", Path())
+        """The source's file."""
         self._source = source
         self.indices = [index for index in range(len(source)) if index not in left_out]
         """The remaining records' indices in the source."""

@@ -19,7 +19,9 @@ from transformers.modeling_outputs import ModelOutput
 
 from symphony_vlm.data.collator import ConversationDataset, EncodedSample
 from symphony_vlm.data.conversation import EncodedConversation
+from symphony_vlm.data.mixture import SampleList
 from symphony_vlm.data.sample import Sample
+from symphony_vlm.training.consumption import SourcedConversations
 
 __all__ = ["CaptionCollator", "ContrastiveModel", "encode_caption", "save_open_clip"]
 
@@ -113,8 +115,6 @@ def save_open_clip(
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2))
 
 
-def caption_dataset(
-    samples: Sequence[Sample], tokenizer: Any, to_square: Callable[[Any], np.ndarray]
-) -> ConversationDataset:
+def caption_dataset(samples: SampleList, tokenizer: Any, to_square: Callable[[Any], np.ndarray]) -> ConversationDataset:
     """Image-caption pairs; samples without an image are left out by the caller."""
-    return ConversationDataset(samples, encode=lambda sample: encode_caption(sample, tokenizer), to_square=to_square)
+    return SourcedConversations(samples, encode=lambda sample: encode_caption(sample, tokenizer), to_square=to_square)

@@ -25,6 +25,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from symphony_vlm.config.recipe import Recipe, StageConfig
 from symphony_vlm.data.collator import ConversationCollator, ConversationDataset
+from symphony_vlm.data.mixture import MixturePart, SampleList
+from symphony_vlm.data.placeholders import PaddedDataset
 from symphony_vlm.data.sample import Sample
 from symphony_vlm.errors import InputError
 from symphony_vlm.model.image_processor import SymphonyImageProcessor
@@ -32,10 +34,12 @@ from symphony_vlm.model.processor import SymphonyVLMProcessor
 from symphony_vlm.model.vlm import SymphonyVLMForConditionalGeneration
 from symphony_vlm.moe.configuration import MoEConfig
 from symphony_vlm.training.callbacks import CheckpointMark, ExpertGraphUpdate, JsonLog, ProgressDisplay, RoutingLog
+from symphony_vlm.training.consumption import Consumption, SourcedConversations, TaggedCollator
 from symphony_vlm.training.contrastive import CaptionCollator, ContrastiveModel, caption_dataset, save_open_clip
 from symphony_vlm.training.parts import assemble, new_image_processor, new_language_model
 from symphony_vlm.training.run_data import RunData
 from symphony_vlm.training.run_state import RunState, last_checkpoint
+from symphony_vlm.training.streamed import StreamedConversations
 from symphony_vlm.training.text import TextBlocks
 from symphony_vlm.training.trainer import StageTrainer, freeze_except
 
@@ -99,6 +103,7 @@ def _run_contrastive(stage: StageConfig, context: RunContext) -> None:
         caption_dataset(validation, context.tokenizer, to_square),
         collate,
         rates={"": stage.learning_rate},
+        labels=train.labels,
         # An incomplete last batch has fewer negatives, and so another loss.
         drop_last=True,
     )
@@ -134,7 +139,7 @@ def _run_multimodal(stage: StageConfig, context: RunContext) -> None:
         model.upcycle_(MoEConfig.from_dict(context.recipe.model.moe), seed=context.recipe.seed)
     freeze_except(model, stage.train)
     dataset = partial(
-        ConversationDataset,
+        SourcedConversations,
         encode=partial(_encode, processor, stage),
         to_square=partial(_square, processor.image_processor),
     )
@@ -148,8 +153,20 @@ def _run_multimodal(stage: StageConfig, context: RunContext) -> None:
         # A folder of its own: TensorBoard follows one growing file per folder.
         board = context.folder / "tensorboard" / stage.name / "routing"
         callbacks.append(RoutingLog(context.folder / stage.name / "routing.jsonl", model.routing, tensorboard=board))
+    pad = processor.tokenizer.pad_token_id
+    samples = _streamed(stage, context, dataset, pad) if context.recipe.data.streaming else dataset(train)
+    labels = context.data.stream(stage).labels if context.recipe.data.streaming else train.labels
     trainer = _trainer(
-        stage, context, model, dataset(train), dataset(validation), collate, rates=stage.train, callbacks=callbacks
+        stage,
+        context,
+        model,
+        samples,
+        dataset(validation),
+        collate,
+        rates=stage.train,
+        callbacks=callbacks,
+        labels=labels,
+        pad_token_id=pad,
     )
     _fit(trainer, stage, context)
 
@@ -186,6 +203,8 @@ def _trainer(
     rates: Mapping[str, float],
     callbacks: Sequence[TrainerCallback] = (),
     drop_last: bool = False,
+    labels: Sequence[str] = (),
+    pad_token_id: int = 0,
 ) -> StageTrainer:
     from torch.utils.tensorboard import SummaryWriter
 
@@ -194,7 +213,13 @@ def _trainer(
     has_validation = validation is not None and len(validation) > 0
     # Where incomplete batches are dropped, a small validation set must still make a complete one.
     eval_batch_size = min(stage.batch_size, len(validation)) if drop_last and has_validation else stage.batch_size
-    steps = _total_steps(stage, len(train), drop_last)
+    streaming = isinstance(train, StreamedConversations)
+    steps = stage.max_steps if streaming else _total_steps(stage, len(train), drop_last)
+    if not streaming and not drop_last and PartialState().num_processes > 1:
+        multiple = stage.batch_size * PartialState().num_processes
+        train = PaddedDataset(train, multiple=multiple, pad_token_id=pad_token_id)
+    report = partial(context.console.print, markup=False)
+    consumption = Consumption(labels, folder, on_bad_sample=context.recipe.data.on_bad_sample, report=report)
     # Checkpoints fall on log steps, so that a log line never spans an interruption.
     save_steps = max(1, round(stage.save_fraction * steps / stage.log_steps)) * stage.log_steps
     arguments = TrainingArguments(
@@ -230,6 +255,8 @@ def _trainer(
         label_names=["labels"],
         report_to=[],
         disable_tqdm=True,
+        # A stream is told where to begin, see _fit; the Trainer would read all of it again.
+        ignore_data_skip=streaming,
         use_cpu=not torch.cuda.is_available(),
     )
     trainer = StageTrainer(
@@ -237,12 +264,16 @@ def _trainer(
         args=arguments,
         train_dataset=train,
         eval_dataset=validation if has_validation else None,
-        data_collator=collate,
+        data_collator=TaggedCollator(collate),
         rates=rates,
+        consumption=consumption,
         callbacks=[
             *callbacks,
+            consumption,
             JsonLog(context.folder / "log.jsonl", stage.name),
-            CheckpointMark(lambda step: context.state.set(stage.name, step=step)),
+            CheckpointMark(
+                lambda step: context.state.set(stage.name, step=step, records_seen=consumption.records_seen)
+            ),
             TensorBoardCallback(SummaryWriter(str(context.folder / "tensorboard" / stage.name))),
             ProgressDisplay(context.console, stage.name),
         ],
@@ -258,6 +289,10 @@ def _fit(trainer: StageTrainer, stage: StageConfig, context: RunContext) -> None
         checkpoint = last_checkpoint(context.folder / stage.name)
     known = context.state.get(stage.name)
     context.state.set(stage.name, status="running", step=int(checkpoint.name.split("-")[1]) if checkpoint else 0)
+    if checkpoint and trainer.consumption is not None:
+        trainer.consumption.restore(checkpoint)
+        if isinstance(trainer.train_dataset, StreamedConversations):
+            trainer.train_dataset.start = trainer.consumption.position
     start = time.monotonic()
     if checkpoint and _is_last(checkpoint):
         # Killed after the last step, before the model was saved. The Trainer would train one more step.
@@ -268,6 +303,23 @@ def _fit(trainer: StageTrainer, stage: StageConfig, context: RunContext) -> None
     seconds = round(known.get("seconds", 0.0) + time.monotonic() - start, 1)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     context.state.set(stage.name, step=trainer.state.global_step, loss=losses[-1], seconds=seconds)
+
+
+def _streamed(
+    stage: StageConfig, context: RunContext, dataset: Callable[[SampleList], ConversationDataset], pad_token_id: int
+) -> StreamedConversations:
+    return StreamedConversations(
+        context.data.stream(stage),
+        prepare=partial(_prepare, dataset),
+        batch_size=stage.batch_size,
+        rank=PartialState().process_index,
+        world_size=PartialState().num_processes,
+        pad_token_id=pad_token_id,
+    )
+
+
+def _prepare(dataset: Callable[[SampleList], ConversationDataset], sample: Sample) -> Any:
+    return dataset(SampleList([MixturePart(label="", source=[sample], indices=[0])]))[0]
 
 
 def _is_last(checkpoint: Path) -> bool:

@@ -17,10 +17,11 @@ from rich.console import Console
 from symphony_vlm.cli import main
 from symphony_vlm.config.recipe import Recipe
 from symphony_vlm.data.images import image_key
+from symphony_vlm.data.mixture import SampleList
 from symphony_vlm.errors import InputError
 from symphony_vlm.evaluation.tasks.short_answer import load_items
 from symphony_vlm.training.run import train
-from symphony_vlm.training.run_data import RunData, SampleList, open_run_data
+from symphony_vlm.training.run_data import RunData, open_run_data
 
 PIXELS = np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)
 
