@@ -24,8 +24,9 @@ from symphony_vlm.data.split import portable_name
 from symphony_vlm.data.stream_readers import RawStream
 from symphony_vlm.errors import InputError
 
-__all__ = ["Draw", "RecordStream", "StreamSource", "shard"]
+__all__ = ["SKIP_REMEDY", "Draw", "RecordStream", "StreamSource", "shard"]
 
+SKIP_REMEDY = "Correct it, or go on without such records with on_bad_sample: skip."
 Side = Literal["training", "validation", "neither"]
 
 

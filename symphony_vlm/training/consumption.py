@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from symphony_vlm.data.collator import ConversationDataset, EncodedSample
 from symphony_vlm.data.mixture import SampleList
+from symphony_vlm.data.streaming import SKIP_REMEDY
 from symphony_vlm.errors import InputError
 from symphony_vlm.files import write_json
 from symphony_vlm.training.callbacks import cut_log
@@ -113,9 +114,7 @@ class Consumption(TrainerCallback):
 
     def _note(self, fault: Mapping[str, Any], step: int) -> None:
         if self._on_bad_sample == "error":
-            raise InputError(
-                fault["reason"], remedy="Correct it, or go on without such records with on_bad_sample: skip."
-            )
+            raise InputError(fault["reason"], remedy=SKIP_REMEDY)
         self._new[-1] += 1
         self._num_reported += 1
         if self._num_reported <= _NAMED_FAULTS:

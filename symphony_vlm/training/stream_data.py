@@ -13,7 +13,7 @@ from symphony_vlm.data.images import load_image
 from symphony_vlm.data.mixture import MixturePart, SampleList
 from symphony_vlm.data.sample import Sample
 from symphony_vlm.data.stream_readers import StreamFile, open_raw_stream
-from symphony_vlm.data.streaming import Draw, RecordStream, StreamSource
+from symphony_vlm.data.streaming import SKIP_REMEDY, Draw, RecordStream, StreamSource
 from symphony_vlm.errors import InputError
 from symphony_vlm.training.sources import NamedSource
 
@@ -130,7 +130,7 @@ def _usable(draw: Draw, on_bad_sample: str, report: Callable[[str], None], *, im
             load_image(ref)
     except InputError as error:
         if on_bad_sample == "error":
-            raise
+            raise InputError(str(error), remedy=SKIP_REMEDY) from error
         report(f"  left out: {error}")
         return None
     return sample
