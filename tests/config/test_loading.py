@@ -13,7 +13,11 @@ from symphony_vlm.config.recipe import SourceConfig
 from symphony_vlm.errors import InputError
 
 REPOSITORY = Path(__file__).parents[2]
-YAML_FILES = sorted(path.relative_to(config_folder()) for path in config_folder().rglob("*.y*ml"))
+YAML_FILES = sorted(
+    path.relative_to(config_folder())
+    for path in config_folder().rglob("*.y*ml")
+    if path.parent.name != "data"  # test_prepared.py
+)
 
 
 @pytest.mark.parametrize("file", YAML_FILES, ids=str)
