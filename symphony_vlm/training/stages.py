@@ -24,8 +24,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
 from symphony_vlm.config.recipe import Recipe, StageConfig
-from symphony_vlm.data.collator import ConversationCollator, ConversationDataset
-from symphony_vlm.data.mixture import MixturePart, SampleList
+from symphony_vlm.data.collator import ConversationCollator
 from symphony_vlm.data.placeholders import PaddedDataset
 from symphony_vlm.data.sample import Sample
 from symphony_vlm.errors import InputError
@@ -39,7 +38,7 @@ from symphony_vlm.training.contrastive import CaptionCollator, ContrastiveModel,
 from symphony_vlm.training.parts import assemble, new_image_processor, new_language_model
 from symphony_vlm.training.run_data import RunData
 from symphony_vlm.training.run_state import RunState, last_checkpoint
-from symphony_vlm.training.streamed import StreamedConversations
+from symphony_vlm.training.streamed import StreamedConversations, streamed
 from symphony_vlm.training.text import TextBlocks
 from symphony_vlm.training.trainer import StageTrainer, freeze_except
 
@@ -154,8 +153,12 @@ def _run_multimodal(stage: StageConfig, context: RunContext) -> None:
         board = context.folder / "tensorboard" / stage.name / "routing"
         callbacks.append(RoutingLog(context.folder / stage.name / "routing.jsonl", model.routing, tensorboard=board))
     pad = processor.tokenizer.pad_token_id
-    samples = _streamed(stage, context, dataset, pad) if context.recipe.data.streaming else dataset(train)
-    labels = context.data.stream(stage).labels if context.recipe.data.streaming else train.labels
+    labels: Sequence[str] = train.labels
+    samples: Any = dataset(train)
+    if context.recipe.data.streaming:
+        stream = context.data.stream(stage)
+        labels = stream.labels
+        samples = streamed(stream, dataset, batch_size=stage.batch_size, pad_token_id=pad)
     trainer = _trainer(
         stage,
         context,
@@ -303,23 +306,6 @@ def _fit(trainer: StageTrainer, stage: StageConfig, context: RunContext) -> None
     seconds = round(known.get("seconds", 0.0) + time.monotonic() - start, 1)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     context.state.set(stage.name, step=trainer.state.global_step, loss=losses[-1], seconds=seconds)
-
-
-def _streamed(
-    stage: StageConfig, context: RunContext, dataset: Callable[[SampleList], ConversationDataset], pad_token_id: int
-) -> StreamedConversations:
-    return StreamedConversations(
-        context.data.stream(stage),
-        prepare=partial(_prepare, dataset),
-        batch_size=stage.batch_size,
-        rank=PartialState().process_index,
-        world_size=PartialState().num_processes,
-        pad_token_id=pad_token_id,
-    )
-
-
-def _prepare(dataset: Callable[[SampleList], ConversationDataset], sample: Sample) -> Any:
-    return dataset(SampleList([MixturePart(label="", source=[sample], indices=[0])]))[0]
 
 
 def _is_last(checkpoint: Path) -> bool:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
+from accelerate import PartialState
 from torch.utils.data import IterableDataset, get_worker_info
 
+from symphony_vlm.data.mixture import MixturePart, SampleList
 from symphony_vlm.data.placeholders import placeholder_like
 from symphony_vlm.data.sample import Message, Sample, TextPart
 from symphony_vlm.data.streaming import Draw, RecordStream, shard
 from symphony_vlm.errors import InputError
 
-__all__ = ["StreamedConversations"]
+__all__ = ["StreamedConversations", "streamed"]
 
 _EXAMPLE = Sample(
     id="",
@@ -79,3 +82,28 @@ class StreamedConversations(IterableDataset[Any]):
             fault = {"file": draw.source.label, "index": draw.index, "id": draw.record_id, "reason": reason}
             item = {**self._placeholder, "fault": fault}
         return {**item, "position": draw.position}
+
+
+def streamed(
+    stream: RecordStream, dataset: Callable[[SampleList], Any], *, batch_size: int, pad_token_id: int
+) -> StreamedConversations:
+    """This process's share of a stream.
+
+    Args:
+        stream: the records.
+        dataset: makes a data set of samples; each record of the stream is prepared as the only item of one.
+        batch_size: per process.
+        pad_token_id: what a placeholder consists of.
+    """
+    return StreamedConversations(
+        stream,
+        prepare=partial(_prepare, dataset),
+        batch_size=batch_size,
+        rank=PartialState().process_index,
+        world_size=PartialState().num_processes,
+        pad_token_id=pad_token_id,
+    )
+
+
+def _prepare(dataset: Callable[[SampleList], Any], sample: Sample) -> Any:
+    return dataset(SampleList([MixturePart(label="", source=[sample], indices=[0])]))[0]
