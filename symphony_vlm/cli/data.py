@@ -85,8 +85,8 @@ def data_check(
     from symphony_vlm.data.check.tokens import TokenCheck
     from symphony_vlm.data.datasets import open_samples
 
-    files = _recipe_files(recipe, image_folder) if recipe else [(path, image_folder) for path in data or []]
-    sources = [open_samples(path, image_folder=folder) for path, folder in files]
+    files = _recipe_sources(recipe, image_folder) if recipe else [(path, image_folder, {}) for path in data or []]
+    sources = [open_samples(path, image_folder=folder, **part) for path, folder, part in files]
     limits = ImageLimits(
         max_pixels=max_pixels, max_bytes=max_file_bytes, max_aspect_ratio=max_aspect_ratio, min_side=min_side
     )
@@ -130,15 +130,20 @@ def _recipe(config: str | None, data: list[Path] | None, overrides: list[str] | 
     return load_recipe(config, overrides or [])
 
 
-def _recipe_files(recipe: Recipe, image_folder: Path | None) -> list[tuple[Path, Path | None]]:
-    """(data file, image folder) of everything the recipe trains on; each once, in the order of the recipe."""
+def _recipe_sources(
+    recipe: Recipe, image_folder: Path | None
+) -> list[tuple[Path, Path | str | None, dict[str, str | None]]]:
+    """(path, image folder, split and subset) of all that the recipe trains on, each once, in its order."""
     data = recipe.data
-    folder = image_folder or (Path(data.image_folder).expanduser() if data.image_folder else None)
-    named = [value for value in (data.train, data.captions) if value is not None]
-    paths = [path for value in named for path in ([value] if isinstance(value, str) else value)]
-    if not paths:
+    sources = dict.fromkeys([*(data.train or []), *(data.captions or [])])
+    if not sources:
         drawn = "; its scenes are drawn when it runs" if data.scenes is not None else ""
         raise InputError(
             f"the recipe names no data file{drawn}", where="data.train", remedy="Add data.train=FILE to the command."
         )
-    return [(Path(path).expanduser(), folder) for path in dict.fromkeys(paths)]
+    found = []
+    for source in sources:
+        folder = image_folder or source.image_folder or data.image_folder
+        part = {"split": source.split, "subset": source.subset}
+        found.append((Path(source.path).expanduser(), Path(folder).expanduser() if folder else None, part))
+    return list({repr(each): each for each in found}.values())

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
+from symphony_vlm.config.prepared import put_prepared_data
+from symphony_vlm.config.reading import config_folder, explain, numeric, read_mapping
 from symphony_vlm.config.recipe import Recipe
 from symphony_vlm.errors import InputError
 from symphony_vlm.text import nearest
@@ -17,13 +19,6 @@ if TYPE_CHECKING:
     from symphony_vlm.moe.configuration import MoEConfig
 
 __all__ = ["apply_overrides", "config_folder", "list_recipes", "load_moe_settings", "load_recipe"]
-
-
-def config_folder() -> Path:
-    """The packaged YAML files, or the repository's ``configs`` in an editable install."""
-    package = Path(__file__).parents[1]
-    packaged = package / "_configs"
-    return packaged if packaged.is_dir() else package.parent / "configs"
 
 
 def list_recipes() -> list[str]:
@@ -37,18 +32,22 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     Args:
         name_or_path: a packaged recipe's name, or a YAML file.
         overrides: ``a.b=c`` assignments; the value is read as YAML. List items by index: ``stages.1.epochs=2``, or
-            stages by name: ``stages.instruct.epochs=2``.
+            stages by name: ``stages.instruct.epochs=2``. ``data=NAME`` takes prepared data (`list_prepared`).
 
     Raises:
         InputError: no such recipe, invalid YAML, an unknown key (the nearest valid one is named), or a bad value.
     """
     path = _find(name_or_path)
-    values = _read(path, "a recipe is a mapping with model, data and stages")
-    apply_overrides(values, overrides)
+    values = read_mapping(path, "a recipe is a mapping with model, data and stages")
+    put_prepared_data(values)
+    for override in overrides:
+        before = values.get("data")
+        apply_overrides(values, [override])
+        put_prepared_data(values, before)
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        raise _explain(error, str(path)) from error
+        raise explain(error, str(path), Recipe) from error
     _check_names(recipe)
     return recipe
 
@@ -66,7 +65,7 @@ def load_moe_settings(name_or_path: str, overrides: Sequence[str] = ()) -> MoECo
     from symphony_vlm.moe.configuration import MoEConfig
 
     path = _find(name_or_path)
-    values = _read(path, "settings of sparse layers are a mapping")
+    values = read_mapping(path, "settings of sparse layers are a mapping")
     if "model" in values:
         settings = load_recipe(name_or_path, overrides).model.moe
         if settings is None:
@@ -76,17 +75,6 @@ def load_moe_settings(name_or_path: str, overrides: Sequence[str] = ()) -> MoECo
         return MoEConfig.from_dict(settings)
     apply_overrides(values, overrides)
     return MoEConfig.from_dict(values["moe"] if isinstance(values.get("moe"), dict) else values)
-
-
-def _read(path: Path, expected: str) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise InputError(f"not valid YAML: {' '.join(str(error).split())}", where=str(path)) from error
-    if not isinstance(values, dict):
-        raise InputError(expected, where=str(path))
-    numeric: dict[str, Any] = _numeric(values)
-    return numeric
 
 
 def _check_names(recipe: Recipe) -> None:
@@ -140,21 +128,7 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> None:
             value = yaml.safe_load(text) if text else ""
         except yaml.YAMLError as error:
             raise InputError(f"{text!r} is not valid YAML", where=f"override {key}") from error
-        _assign(values, key.split("."), _numeric(value), key)
-
-
-def _numeric(value: Any) -> Any:
-    """YAML 1.1 reads ``1e-3`` as text; in a setting it is a number."""
-    if isinstance(value, dict):
-        return {key: _numeric(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_numeric(item) for item in value]
-    if isinstance(value, str) and value[:1] in "+-.0123456789":
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+        _assign(values, key.split("."), numeric(value), key)
 
 
 def _assign(target: Any, path: list[str], value: Any, key: str) -> None:
@@ -186,39 +160,3 @@ def _list_index(items: list[Any], head: str, key: str) -> int:
         f"{head!r} is neither an index below {len(items)} nor one of {', '.join(names)}{nearest(head, names)}",
         where=f"override {key}",
     )
-
-
-def _explain(error: ValidationError, source: str) -> InputError:
-    """Pydantic's first complaint as one sentence that names the key and the nearest valid one."""
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        known = list(_keys_at(Recipe, first["loc"][:-1]))
-        key = str(first["loc"][-1])
-        return InputError(
-            f"unknown key {where!r}{nearest(key, known)}", where=source, remedy=f"Keys: {', '.join(known)}."
-        )
-    value = first.get("input")
-    shown = "" if isinstance(value, (dict, list)) or first["type"] == "missing" else f", got {value!r}"
-    message = first["msg"].removeprefix("Value error, ")
-    more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    return InputError(f"{where or 'recipe'}: {message}{shown}{more}", where=source)
-
-
-def _keys_at(schema: type[BaseModel], location: Sequence[int | str]) -> Iterator[str]:
-    """The keys that the schema knows at a place of the tree."""
-    current: Any = schema
-    for part in location:
-        if isinstance(part, int) or not (isinstance(current, type) and issubclass(current, BaseModel)):
-            continue
-        field = current.model_fields.get(str(part))
-        current = _schema_in(field.annotation) if field else None
-    if isinstance(current, type) and issubclass(current, BaseModel):
-        yield from current.model_fields
-
-
-def _schema_in(annotation: Any) -> Any:
-    """The schema class inside an annotation such as ``list[StageConfig] | None``."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((found for part in get_args(annotation) if (found := _schema_in(part)) is not None), None)

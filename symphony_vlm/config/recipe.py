@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from symphony_vlm.data.images import MAX_PIXELS
 from symphony_vlm.text import nearest
@@ -20,6 +20,7 @@ __all__ = [
     "ModelConfig",
     "Recipe",
     "ScenesConfig",
+    "SourceConfig",
     "StageConfig",
     "VisionSource",
 ]
@@ -125,15 +126,46 @@ class ScenesConfig(_Schema):
     questions_per_image: int = Field(default=8, ge=1)
 
 
+class SourceConfig(_Schema):
+    """One file, folder or hub data set, and how much of a mixture it is."""
+
+    path: str = Field(min_length=1)
+    """Data file or folder, relative to the current folder, or the id of a Hugging Face data set."""
+    image_folder: str | None = None
+    """Base of the records' image paths; default: that of the data, or else the folder of the data file."""
+    split: str | None = None
+    """Of a data set that has several, e.g. ``train``."""
+    subset: str | None = None
+    """Of a hub data set that has several (its configuration)."""
+    weight: float = Field(default=1.0, gt=0, le=1000)
+    """How many times each record is seen in an epoch: 2 is twice, 0.5 a seeded half, the same in every epoch. When
+    streaming, the chance of the source to give the next record, in proportion to the other weights."""
+
+
+def _as_sources(value: Any) -> Any:
+    """A path or a source alone is a list of one; a path is a source with nothing but a path."""
+    if isinstance(value, (str, dict)):
+        value = [value]
+    return [{"path": item} if isinstance(item, str) else item for item in value] if isinstance(value, list) else value
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+Sources = Annotated[list[SourceConfig], BeforeValidator(_as_sources), Field(min_length=1)]
+
+
 class DataConfig(_Schema):
     """Where the data is. Paths are relative to the current folder."""
 
-    train: str | list[str] | None = None
-    """Instruction data: LLaVA JSON or JSONL, or parquet with image, question, answer."""
-    captions: str | list[str] | None = None
+    train: Sources | None = None
+    """Instruction data: a path (LLaVA JSON or JSONL, parquet with image, question, answer, ...), a source
+    (`SourceConfig`), or a list of paths and sources."""
+    captions: Sources | None = None
     """Image-text pairs in the same formats, for the contrastive and the projector stage."""
     image_folder: str | None = None
-    """Base of the records' image paths; default: the folder of the data file."""
+    """Base of the records' image paths, for sources without their own; default: the folder of the data file."""
     scenes: ScenesConfig | None = None
     """Draws scenes and uses them for whatever is not set above."""
     validation_fraction: float = Field(default=0.02, ge=0.0, lt=1.0)
@@ -146,6 +178,25 @@ class DataConfig(_Schema):
     """Whether every image is decoded before training starts."""
     max_pixels: int = Field(default=MAX_PIXELS, gt=0, le=MAX_PIXELS)
     """Width times height above which an image counts as broken, by its header."""
+    skip: Annotated[list[str], BeforeValidator(_as_list)] = Field(default_factory=list)
+    """Files of faults written by ``symphony-vlm data check``; the records they list are left out."""
+    streaming: bool = False
+    """Whether records are read while training, without a full download or check first. Multimodal stages only."""
+    shuffle_buffer: int = Field(default=1000, ge=1)
+    """When streaming: records of each source among which the next is drawn at random; 1 keeps the files' order."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DataConfig:
+        for role, sources in (("train", self.train), ("captions", self.captions)):
+            seen: set[SourceConfig] = set()
+            for source in sources or []:
+                same = source.model_copy(update={"weight": 1.0})
+                if same in seen:
+                    raise ValueError(f"{role!r} lists {source.path} twice; to see its records twice give it weight: 2")
+                seen.add(same)
+        if self.streaming and self.scenes is not None:
+            raise ValueError("'scenes' are drawn into files; streaming them is not supported")
+        return self
 
 
 class StageConfig(_Schema):
@@ -257,4 +308,23 @@ class Recipe(_Schema):
             raise ValueError(f"only one stage can upcycle, got {upcycling}")
         if upcycling and self.model.moe is None:
             raise ValueError(f"stage {upcycling[0]!r} upcycles but model.moe is not set")
+        if self.data.streaming:
+            self._check_streaming()
         return self
+
+    def _check_streaming(self) -> None:
+        for stage in self.stages:
+            if stage.kind != "multimodal":
+                raise ValueError(
+                    f"stage {stage.name!r} is a {stage.kind} stage, which needs its data as a whole; data.streaming "
+                    "works with multimodal stages (begin from trained parts: model.start, or names of pretrained ones)"
+                )
+            if stage.packing or stage.group_by != "none" or stage.cache_features:
+                raise ValueError(
+                    f"stage {stage.name!r}: 'packing', 'group_by' and 'cache_features' need the data as a whole, "
+                    "which data.streaming never has"
+                )
+            if stage.max_steps <= 0:
+                raise ValueError(
+                    f"stage {stage.name!r} has no max_steps; a stream has no epochs, so give the number of steps"
+                )

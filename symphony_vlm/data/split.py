@@ -10,7 +10,7 @@ from symphony_vlm.data.images import image_key
 from symphony_vlm.data.sample import ImageRef, Sample
 from symphony_vlm.errors import InputError
 
-__all__ = ["split_by_image"]
+__all__ = ["portable_name", "split_by_image"]
 
 
 def split_by_image(
@@ -66,7 +66,7 @@ def _groups(source: Sequence[Sample], usable: Sequence[int], seed: int) -> list[
     first_key: dict[int, str] = {}
     for index in usable:
         sample = source[index]
-        names = {image_key(ref): _portable_name(ref) for ref in sample.images} or {f"id:{sample.id}": f"id:{sample.id}"}
+        names = {image_key(ref): portable_name(ref) for ref in sample.images} or {f"id:{sample.id}": f"id:{sample.id}"}
         for key, name in names.items():
             parent.setdefault(key, key)
             rank[key] = min(rank.get(key, "~"), hashlib.sha256(f"{seed}:{name}".encode()).hexdigest())
@@ -83,7 +83,7 @@ def _groups(source: Sequence[Sample], usable: Sequence[int], seed: int) -> list[
     return [members[root] for root in sorted(members, key=order.__getitem__)]
 
 
-def _portable_name(ref: ImageRef) -> str:
+def portable_name(ref: ImageRef) -> str:
     """The image as the record names it: the same after the whole data set has moved to another folder."""
     return image_key(ref) if ref.data is not None or not ref.name else f"name:{os.path.normpath(ref.name)}"
 

@@ -18,7 +18,15 @@ from symphony_vlm.moe.expert_graph import update_expert_graphs
 from symphony_vlm.moe.recording import RoutingRecorder
 from symphony_vlm.moe.statistics import GraphDrift, graph_statistics
 
-__all__ = ["COMPLETE_MARK", "CheckpointMark", "ExpertGraphUpdate", "JsonLog", "ProgressDisplay", "RoutingLog"]
+__all__ = [
+    "COMPLETE_MARK",
+    "CheckpointMark",
+    "ExpertGraphUpdate",
+    "JsonLog",
+    "ProgressDisplay",
+    "RoutingLog",
+    "cut_log",
+]
 
 COMPLETE_MARK = "COMPLETE"
 """File written into a checkpoint when all its other files are there. A kill while saving leaves none."""
@@ -61,7 +69,7 @@ class JsonLog(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero:
-            _cut(self._path, lambda entry: entry["stage"] != self._stage or entry["step"] <= state.global_step)
+            cut_log(self._path, lambda entry: entry["stage"] != self._stage or entry["step"] <= state.global_step)
 
     def on_log(
         self,
@@ -79,7 +87,7 @@ class JsonLog(TrainerCallback):
                 file.write(json.dumps(entry) + "\n")
 
 
-def _cut(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+def cut_log(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
     """Leaves out the lines of steps that will be repeated, and a last line that a kill has torn."""
     if not path.is_file():
         return
@@ -118,7 +126,7 @@ class RoutingLog(TrainerCallback):
         self._recorder.statistics.read()
         self._drift = GraphDrift(kwargs["model"])
         if state.is_world_process_zero:
-            _cut(self._path, lambda entry: entry["step"] <= state.global_step)
+            cut_log(self._path, lambda entry: entry["step"] <= state.global_step)
             if self._tensorboard is not None:
                 from torch.utils.tensorboard import SummaryWriter
 

@@ -21,7 +21,9 @@ from transformers.modeling_outputs import ModelOutput
 from symphony_vlm.data.collator import ConversationDataset, EncodedSample
 from symphony_vlm.data.conversation import EncodedConversation
 from symphony_vlm.data.images import load_image
+from symphony_vlm.data.mixture import SampleList
 from symphony_vlm.data.sample import ImageRef, Sample
+from symphony_vlm.training.consumption import SourcedConversations
 
 __all__ = ["CaptionCollator", "ContrastiveModel", "encode_caption", "save_open_clip"]
 
@@ -116,12 +118,12 @@ def save_open_clip(
 
 
 def caption_dataset(
-    samples: Sequence[Sample],
+    samples: SampleList,
     tokenizer: Any,
     to_square: Callable[[Any], np.ndarray],
     load: Callable[[ImageRef], Image.Image] = load_image,
 ) -> ConversationDataset:
     """Image-caption pairs; samples without an image are left out by the caller."""
-    return ConversationDataset(
+    return SourcedConversations(
         samples, encode=lambda sample: encode_caption(sample, tokenizer), to_square=to_square, load=load
     )

@@ -84,6 +84,7 @@ def _open(recipe: Recipe, output: Path, state: RunState, console: Console) -> Ru
     # Names and records may hold [/INST] and the like, which the console would take for markup.
     data = open_run_data(recipe, output, partial(console.print, markup=False))
     templates = {stage.template for stage in recipe.stages if stage.template is not None}
+    state.check_data(data.fingerprints)
     tokenizer = _tokenizer_of(recipe.model.start) or open_tokenizer(
         recipe.model, output / "tokenizer", data.train.values(), sorted(templates)
     )

@@ -2,57 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from symphony_vlm.config.recipe import DataConfig, Recipe, StageConfig
+from symphony_vlm.config.recipe import Recipe, StageConfig
 from symphony_vlm.data.datasets import SampleSource, open_samples
 from symphony_vlm.data.images import image_bytes, image_key
+from symphony_vlm.data.mixture import MixturePart, SampleList, WithoutRecords, repeated
 from symphony_vlm.data.preflight import check_samples
-from symphony_vlm.data.sample import ImagePart, ImageRef, Sample
-from symphony_vlm.data.scenes import generate_scenes
+from symphony_vlm.data.sample import ImagePart, ImageRef
+from symphony_vlm.data.skip_list import check_range
 from symphony_vlm.data.split import split_by_image
+from symphony_vlm.data.streaming import RecordStream
 from symphony_vlm.errors import InputError
 from symphony_vlm.files import write_text
+from symphony_vlm.training.sources import NamedSource, listed_records, used_sources
 
-__all__ = ["RunData", "SampleList", "open_run_data"]
+__all__ = ["RunData", "open_run_data"]
 
 Report = Callable[[str], None]
 MAX_VALIDATION_RECORDS = 2000
 """More than this adds little to the precision of a loss and a lot to its time."""
-
-
-class SampleList(Sequence[Sample]):
-    """Chosen samples of several sources, in order, read when asked for."""
-
-    def __init__(self, parts: Sequence[tuple[SampleSource, Sequence[int]]]) -> None:
-        self._where = [(source, index) for source, indices in parts for index in indices]
-
-    @classmethod
-    def join(cls, lists: Sequence[SampleList]) -> SampleList:
-        """All samples of several lists, one after the other."""
-        joined = cls([])
-        joined._where = [place for part in lists for place in part._where]
-        return joined
-
-    def with_images(self) -> SampleList:
-        """Those that have an image."""
-        kept = SampleList([])
-        kept._where = [(source, index) for source, index in self._where if source[index].images]
-        return kept
-
-    def __len__(self) -> int:
-        return len(self._where)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        source, position = self._where[index]
-        return source[position]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,11 +35,15 @@ class RunData:
     """Training and validation samples by the role they play (``train``, ``captions``)."""
 
     train: dict[str, SampleList]
+    """When streaming: the first records only, for a new tokenizer to learn from."""
     validation: dict[str, SampleList]
     fingerprints: dict[str, str]
-    """sha256 of each data file."""
-    counts: dict[str, dict[str, int]]
-    """By data file: records, images, faults, training and validation records."""
+    """sha256 of each data file and skip list; of a stream see `data.stream_readers`."""
+    counts: dict[str, dict[str, Any]]
+    """By role and source: records, those listed in ``data.skip``, images, faults, training and validation records, the
+    weight, and training records per epoch; of a stream, which nobody has counted, its probability."""
+    streams: dict[str, RecordStream] = field(default_factory=dict)
+    """By role, when streaming."""
 
     def get(self, stage: StageConfig) -> tuple[SampleList, SampleList]:
         """(training, validation) samples for a stage."""
@@ -72,53 +51,77 @@ class RunData:
         validation = [self.validation[role] for role in stage.roles]
         return SampleList.join(train), SampleList.join(validation)
 
+    def stream(self, stage: StageConfig) -> RecordStream:
+        """All the stage's sources as one stream."""
+        return RecordStream.join([self.streams[role] for role in stage.roles])
+
 
 def open_run_data(recipe: Recipe, output: Path, report: Report) -> RunData:
-    """Opens every data file that the recipe's stages use, draws scenes if it asks for them, checks and splits.
+    """Opens every source that the recipe's stages use, draws scenes if it asks for them, checks and splits.
 
     Args:
         recipe: its `data` and the stages' roles.
         output: the run's folder; scenes and ``validation.jsonl`` are written there.
-        report: gets one line per file.
+        report: gets one line per source.
 
     Raises:
         InputError: a stage's data is not set, or a file or record cannot be used.
     """
-    files = _files(recipe, output, report)
-    for stage in recipe.stages:
-        for role in stage.roles:
-            if role not in files:
-                raise InputError(
-                    f"stage {stage.name!r} trains on data.{role}, which is not set",
-                    where=f"data.{role}",
-                    remedy=f"Add data.{role}=FILE (LLaVA JSON, JSONL or parquet).",
-                )
-    used = {role for stage in recipe.stages for role in stage.roles}
-    train: dict[str, SampleList] = {}
-    validation: dict[str, SampleList] = {}
-    fingerprints: dict[str, str] = {}
-    counts: dict[str, dict[str, int]] = {}
+    sources = used_sources(recipe, output, report)
+    left_out = listed_records(recipe, sources)
+    if recipe.data.streaming:
+        from symphony_vlm.training.stream_data import open_stream_data
+
+        data = open_stream_data(recipe, sources, left_out, report)
+    else:
+        data = _open_files(recipe, sources, left_out, report)
+    if "train" in data.validation and recipe.data.scenes is None:
+        _write_validation(data.validation["train"], output)
+    return data
+
+
+def _open_files(
+    recipe: Recipe, sources: dict[str, list[NamedSource]], left_out: dict[str, set[int]], report: Report
+) -> RunData:
     opened = {
-        role: [_open_file(path, folder, recipe.data, recipe.seed, report) for path, folder in files[role]]
-        for role in sorted(used)
+        role: [_open_source(source, left_out[source.label], recipe, report) for source in sources[role]]
+        for role in sources
     }
     _keep_held_out([part for parts in opened.values() for part in parts], report)
+    train: dict[str, SampleList] = {}
+    validation: dict[str, SampleList] = {}
+    fingerprints = {path: _sha256_of(path) for path in recipe.data.skip}
+    counts: dict[str, dict[str, Any]] = {}
     for role, parts in opened.items():
-        train[role] = SampleList([(part.source, part.train) for part in parts])
-        validation[role] = SampleList([(part.source, part.validation) for part in parts])
-        fingerprints |= {part.source.path.name: part.source.fingerprint for part in parts}
-        counts |= {f"{role}: {part.source.path.name}": part.counts for part in parts}
-    if "train" in validation and recipe.data.scenes is None:
-        _write_validation(validation["train"], output)
+        train[role] = SampleList([part.chosen(part.epoch(recipe.seed)) for part in parts])
+        validation[role] = SampleList([part.chosen(part.validation) for part in parts])
+        for part in parts:
+            fingerprints[part.label] = part.source.fingerprint
+            counts[f"{role}: {part.label}"] = part.counts | {
+                "train": len(part.train),
+                "validation": len(part.validation),
+                "weight": part.weight,
+                "per_epoch": len(part.epoch(recipe.seed)),
+            }
+    _report_mixture(counts, report)
     return RunData(train=train, validation=validation, fingerprints=fingerprints, counts=counts)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Part:
+    label: str
     source: SampleSource
+    weight: float
     train: list[int]
     validation: list[int]
-    counts: dict[str, int]
+    counts: dict[str, Any]
+
+    def epoch(self, seed: int) -> list[int]:
+        """The records that an epoch sees, each as often as it does."""
+        return repeated(self.train, self.weight, seed=seed, label=self.label)
+
+    def chosen(self, indices: list[int]) -> MixturePart:
+        return MixturePart(label=self.label, source=self.source, indices=indices)
 
 
 def _keep_held_out(parts: Sequence[_Part], report: Report) -> None:
@@ -129,49 +132,56 @@ def _keep_held_out(parts: Sequence[_Part], report: Report) -> None:
     for part in parts:
         kept = [index for index in part.train if not any(image_key(ref) in held for ref in part.source[index].images)]
         if len(kept) < len(part.train):
-            report(f"{part.source.path.name}: {len(part.train) - len(kept)} more left out, held out in another file")
+            report(f"{part.label}: {len(part.train) - len(kept)} more left out, held out in another file")
             part.train[:] = kept
-            part.counts["train"] = len(kept)
 
 
-def _files(recipe: Recipe, output: Path, report: Report) -> dict[str, list[tuple[Path, Path | None]]]:
-    """Data files and their image folders by role."""
+def _open_source(named: NamedSource, left_out: set[int], recipe: Recipe, report: Report) -> _Part:
     data = recipe.data
-    folder = Path(data.image_folder).expanduser() if data.image_folder else None
-    files: dict[str, list[tuple[Path, Path | None]]] = {}
-    if data.scenes is not None:
-        drawn = generate_scenes(output / "scenes", seed=recipe.seed, **data.scenes.model_dump())
-        report(f"scenes: {data.scenes.train} training and {data.scenes.test} test pictures in {output / 'scenes'}")
-        files["train"] = [(drawn.train_json, None)]
-        files["captions"] = [(drawn.captions_train_json, None)]
-    for role, value in (("train", data.train), ("captions", data.captions)):
-        if value is not None:
-            paths = [value] if isinstance(value, str) else value
-            files[role] = [(Path(path).expanduser(), folder) for path in paths]
-    return files
-
-
-def _open_file(path: Path, image_folder: Path | None, data: DataConfig, seed: int, report: Report) -> _Part:
-    source = open_samples(path, image_folder=image_folder)
+    given = {key: value for key in ("split", "subset") if (value := getattr(named.source, key)) is not None}
+    source = open_samples(Path(named.source.path).expanduser(), image_folder=named.image_folder, **given)
+    check_range(left_out, len(source), named.label)
+    view = WithoutRecords(source, left_out)
+    if not len(view):
+        raise InputError("every record is listed in data.skip; none is left to train on", where=named.label)
     checked = check_samples(
-        source, on_bad_sample=data.on_bad_sample, decode_images=data.check_images, max_pixels=data.max_pixels
+        view if left_out else source,
+        on_bad_sample=data.on_bad_sample,
+        decode_images=data.check_images,
+        max_pixels=data.max_pixels,
     )
-    train, validation = split_by_image(source, checked.usable, fraction=data.validation_fraction, seed=seed)
+    usable = [view.indices[index] for index in checked.usable]
+    train, validation = split_by_image(source, usable, fraction=data.validation_fraction, seed=recipe.seed)
     validation = validation[:MAX_VALIDATION_RECORDS]
     counts = {
-        "records": checked.n_records,
+        "records": len(source),
+        "listed": len(left_out),
         "images": checked.n_images,
         "faults": len(checked.faults),
-        "train": len(train),
-        "validation": len(validation),
     }
+    listed = f"{len(left_out)} listed in data.skip, " if left_out else ""
     report(
-        f"{path.name}: {checked.n_records} records, {checked.n_images} images, {len(checked.faults)} faults; "
+        f"{named.label}: {len(source)} records, {listed}{checked.n_images} images, {len(checked.faults)} faults; "
         f"{len(train)} to train on, {len(validation)} held out"
     )
     for fault in checked.faults[:5]:
         report(f"  left out: {fault.reason}")
-    return _Part(source=source, train=train, validation=validation, counts=counts)
+    return _Part(
+        label=named.label,
+        source=source,
+        weight=named.source.weight,
+        train=train,
+        validation=validation,
+        counts=counts,
+    )
+
+
+def _report_mixture(counts: dict[str, dict[str, Any]], report: Report) -> None:
+    """What an epoch is made of, where that is not just every record once."""
+    if all(count["weight"] == 1 for count in counts.values()):
+        return
+    for name, count in counts.items():
+        report(f"{name}: weight {count['weight']:g}, {count['per_epoch']} of {count['train']} records an epoch")
 
 
 def _write_validation(samples: SampleList, output: Path) -> None:
@@ -200,14 +210,16 @@ def _write_validation(samples: SampleList, output: Path) -> None:
 def _image_path(ref: ImageRef, output: Path) -> str:
     if ref.path is not None:
         return str(ref.path.resolve())
-    import hashlib
-
     data = image_bytes(ref)
     path = output / "validation_images" / f"{hashlib.sha256(data).hexdigest()[:24]}.img"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
     return str(path.relative_to(output))
+
+
+def _sha256_of(path: str) -> str:
+    return hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()
 
 
 def _is_plain(value: object) -> bool:

@@ -77,6 +77,28 @@ class RunState:
         known: dict[str, Any] = self.values["stages"].get(stage, {})
         return known
 
+    def check_data(self, fingerprints: dict[str, str]) -> None:
+        """Records what the data is, or makes sure that it is still what the run was begun with.
+
+        Args:
+            fingerprints: by file, see `run_data.RunData`.
+
+        Raises:
+            InputError: a stage has begun, and a file is another than then.
+        """
+        begun = self.values.get("data")
+        if begun is not None and self.values["stages"]:
+            changed = [name for name in {**begun, **fingerprints} if begun.get(name) != fingerprints.get(name)]
+            if changed:
+                raise InputError(
+                    f"{', '.join(changed)} changed since the run began; continued, it would train on a mixture of both",
+                    where=str(self._path.parent),
+                    remedy="Put the file back as it was, or give another --output to begin anew.",
+                )
+        self.values["data"] = fingerprints
+        if not self._read_only:
+            self._write()
+
     def _write(self) -> None:
         write_json(self._path, self.values)
 

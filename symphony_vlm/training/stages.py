@@ -25,10 +25,12 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
 from symphony_vlm.config.recipe import Recipe, StageConfig
-from symphony_vlm.data.collator import ConversationCollator, ConversationDataset
+from symphony_vlm.data.collator import ConversationCollator
 from symphony_vlm.data.grouping import GroupedSampler
 from symphony_vlm.data.images import load_image
+from symphony_vlm.data.mixture import SampleList
 from symphony_vlm.data.packing import PackedCollator
+from symphony_vlm.data.placeholders import PaddedDataset
 from symphony_vlm.data.sample import ImageRef, Sample
 from symphony_vlm.errors import InputError
 from symphony_vlm.model.attention import attention_by_document
@@ -37,11 +39,13 @@ from symphony_vlm.model.vlm import SymphonyVLMForConditionalGeneration
 from symphony_vlm.moe.configuration import MoEConfig
 from symphony_vlm.training.batches import pack, train_sampler
 from symphony_vlm.training.callbacks import CheckpointMark, ExpertGraphUpdate, JsonLog, ProgressDisplay, RoutingLog
+from symphony_vlm.training.consumption import Consumption, SourcedConversations, TaggedCollator
 from symphony_vlm.training.contrastive import CaptionCollator, ContrastiveModel, caption_dataset, save_open_clip
 from symphony_vlm.training.features import CachedFeatures, fill_feature_cache
 from symphony_vlm.training.parts import assemble, new_image_processor, new_language_model
-from symphony_vlm.training.run_data import RunData, SampleList
+from symphony_vlm.training.run_data import RunData
 from symphony_vlm.training.run_state import RunState, last_checkpoint
+from symphony_vlm.training.streamed import StreamedConversations, streamed
 from symphony_vlm.training.text import TextBlocks
 from symphony_vlm.training.trainer import StageTrainer, freeze_except
 
@@ -110,6 +114,7 @@ def _run_contrastive(stage: StageConfig, context: RunContext) -> None:
         dataset(validation),
         collate,
         rates={"": stage.learning_rate},
+        labels=train.labels,
         # An incomplete last batch has fewer negatives, and so another loss.
         drop_last=True,
     )
@@ -147,7 +152,7 @@ def _run_multimodal(stage: StageConfig, context: RunContext) -> None:
     load_rgb = partial(load_image, max_pixels=context.recipe.data.max_pixels)
     cached = _cached_features(model, [train, validation], context, load_rgb) if stage.cache_features else None
     dataset = partial(
-        ConversationDataset,
+        SourcedConversations,
         encode=partial(_encode, processor, stage),
         to_square=processor.image_processor.prepare,
         load=load_rgb,
@@ -159,21 +164,27 @@ def _run_multimodal(stage: StageConfig, context: RunContext) -> None:
         model.config.image_token_id if stage.independent_turns else None,
         None if cached is None else torch.empty(0, model.vision_tower.num_tokens, model.vision_tower.hidden_size),
     )
-    samples, held_out = dataset(train), dataset(validation)
-    parts: dict[str, Any] = {"train": samples, "validation": held_out, "collate": collate}
-    if stage.packing:
+    pad = processor.tokenizer.pad_token_id
+    parts: dict[str, Any] = {"train": dataset(train), "validation": dataset(validation), "collate": collate}
+    parts |= {"labels": train.labels, "sampler": None}
+    if context.recipe.data.streaming:
+        stream = context.data.stream(stage)
+        parts["train"] = streamed(stream, dataset, batch_size=stage.batch_size, pad_token_id=pad)
+        parts["labels"] = stream.labels
+    elif stage.packing:
         seed = context.recipe.seed
         report = partial(context.console.print, markup=False)
-        parts["train"] = pack(samples, stage, seed=seed, report=report)
-        parts["validation"] = pack(held_out, stage, seed=seed)
+        parts["train"] = pack(parts["train"], stage, seed=seed, report=report)
+        parts["validation"] = pack(parts["validation"], stage, seed=seed)
         parts["collate"] = PackedCollator(collate)
+    else:
+        parts["sampler"] = train_sampler(parts["train"], stage, seed=context.recipe.seed)
     callbacks: list[TrainerCallback] = [ExpertGraphUpdate()]
     if model.routing is not None:
         # A folder of its own: TensorBoard follows one growing file per folder.
         board = context.folder / "tensorboard" / stage.name / "routing"
         callbacks.append(RoutingLog(context.folder / stage.name / "routing.jsonl", model.routing, tensorboard=board))
-    sampler = train_sampler(samples, stage, seed=context.recipe.seed)
-    trainer = _trainer(stage, context, model, **parts, rates=stage.train, callbacks=callbacks, sampler=sampler)
+    trainer = _trainer(stage, context, model, **parts, rates=stage.train, callbacks=callbacks, pad_token_id=pad)
     with attention_by_document(model.language_model) if stage.packing else nullcontext():
         _fit(trainer, stage, context)
 
@@ -231,6 +242,8 @@ def _trainer(
     callbacks: Sequence[TrainerCallback] = (),
     drop_last: bool = False,
     sampler: GroupedSampler | None = None,
+    labels: Sequence[str] = (),
+    pad_token_id: int = 0,
 ) -> StageTrainer:
     from torch.utils.tensorboard import SummaryWriter
 
@@ -239,7 +252,14 @@ def _trainer(
     has_validation = validation is not None and len(validation) > 0
     # Where incomplete batches are dropped, a small validation set must still make a complete one.
     eval_batch_size = min(stage.batch_size, len(validation)) if drop_last and has_validation else stage.batch_size
-    steps = _total_steps(stage, len(train), drop_last)
+    streaming = isinstance(train, StreamedConversations)
+    steps = stage.max_steps if streaming else _total_steps(stage, len(train), drop_last)
+    # A sampler of ours draws each of its samples, and no others.
+    if not (streaming or drop_last or sampler) and PartialState().num_processes > 1:
+        multiple = stage.batch_size * PartialState().num_processes
+        train = PaddedDataset(train, multiple=multiple, pad_token_id=pad_token_id)
+    report = partial(context.console.print, markup=False)
+    consumption = Consumption(labels, folder, on_bad_sample=context.recipe.data.on_bad_sample, report=report)
     # Checkpoints fall on log steps, so that a log line never spans an interruption.
     save_steps = max(1, round(stage.save_fraction * steps / stage.log_steps)) * stage.log_steps
     arguments = TrainingArguments(
@@ -275,6 +295,8 @@ def _trainer(
         label_names=["labels"],
         report_to=[],
         disable_tqdm=True,
+        # A stream is told where to begin, see _fit; the Trainer would read all of it again.
+        ignore_data_skip=streaming,
         use_cpu=not torch.cuda.is_available(),
     )
     trainer = StageTrainer(
@@ -282,13 +304,17 @@ def _trainer(
         args=arguments,
         train_dataset=train,
         eval_dataset=validation if has_validation else None,
-        data_collator=collate,
+        data_collator=TaggedCollator(collate),
         rates=rates,
+        consumption=consumption,
         sampler=sampler,
         callbacks=[
             *callbacks,
+            consumption,
             JsonLog(context.folder / "log.jsonl", stage.name),
-            CheckpointMark(lambda step: context.state.set(stage.name, step=step)),
+            CheckpointMark(
+                lambda step: context.state.set(stage.name, step=step, records_seen=consumption.records_seen)
+            ),
             TensorBoardCallback(SummaryWriter(str(context.folder / "tensorboard" / stage.name))),
             ProgressDisplay(context.console, stage.name),
         ],
@@ -304,6 +330,10 @@ def _fit(trainer: StageTrainer, stage: StageConfig, context: RunContext) -> None
         checkpoint = last_checkpoint(context.folder / stage.name)
     known = context.state.get(stage.name)
     context.state.set(stage.name, status="running", step=int(checkpoint.name.split("-")[1]) if checkpoint else 0)
+    if checkpoint and trainer.consumption is not None:
+        trainer.consumption.restore(checkpoint)
+        if isinstance(trainer.train_dataset, StreamedConversations):
+            trainer.train_dataset.start = trainer.consumption.position
     start = time.monotonic()
     if checkpoint and _is_last(checkpoint):
         # Killed after the last step, before the model was saved. The Trainer would train one more step.

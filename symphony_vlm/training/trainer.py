@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerState
 
 from symphony_vlm.data.conversation import IGNORE_INDEX
@@ -15,6 +16,8 @@ from symphony_vlm.data.grouping import GroupedSampler
 from symphony_vlm.errors import InputError
 from symphony_vlm.moe.statistics import sum_over_processes
 from symphony_vlm.text import nearest
+from symphony_vlm.training.consumption import NOTES, Consumption
+from symphony_vlm.training.streamed import StreamedConversations
 
 __all__ = ["EpochOrder", "StageTrainer", "freeze_except", "parameter_groups"]
 
@@ -86,10 +89,16 @@ class StageTrainer(Trainer):
     Args:
         rates: learning rate by module prefix; the empty prefix matches everything.
         sampler: the order of the training samples; None: at random.
+        consumption: counts the records that are trained on.
     """
 
     def __init__(
-        self, *args: Any, rates: Mapping[str, float], sampler: GroupedSampler | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        rates: Mapping[str, float],
+        sampler: GroupedSampler | None = None,
+        consumption: Consumption | None = None,
+        **kwargs: Any,
     ) -> None:
         self.optimizer: torch.optim.Optimizer | None = None
         super().__init__(*args, **kwargs)
@@ -97,6 +106,7 @@ class StageTrainer(Trainer):
         self._sampler = sampler
         if sampler is not None:
             self.add_callback(EpochOrder(sampler))
+        self.consumption = consumption
         # By name the weighted sum and the sum of weights: a micro-batch without images has no losses of layers there.
         self._parts: dict[str, Tensor] = {}
 
@@ -112,6 +122,33 @@ class StageTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return super()._get_train_sampler(train_dataset) if self._sampler is None else self._sampler
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """A stream shards itself; anything else is sharded by accelerate."""
+        if not isinstance(self.train_dataset, StreamedConversations):
+            return super().get_train_dataloader()
+        return DataLoader(
+            self.train_dataset,
+            batch_size=self.args.per_device_train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            # Its own, as a loader draws a number when it starts: a restart must not change the model's random state.
+            generator=torch.Generator().manual_seed(self.args.seed),
+        )
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """The micro-batches of a step. One of placeholders only has no supervised token; its share is 0 and not 0/0."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.consumption is not None:
+            self.consumption.take(batches, self.state.global_step + 1)
+        return batches, num_items.clamp(min=1) if isinstance(num_items, Tensor) else num_items
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        prepared: dict[str, Any] = super()._prepare_inputs({k: v for k, v in inputs.items() if k != NOTES})
+        return prepared
 
     def compute_loss(
         self,
@@ -140,4 +177,9 @@ class StageTrainer(Trainer):
             for name, (total, weight) in sums.items():
                 if weight:
                     logs[name] = round(float(total / weight), 6)
+            if self.consumption is not None:
+                logs.update(self.consumption.log_entries())
+        if isinstance(self.train_dataset, StreamedConversations):
+            # A stream has no epochs; the share of the steps done is the same after a restart.
+            self.state.epoch = self.state.global_step / self.state.max_steps
         super().log(logs, start_time)

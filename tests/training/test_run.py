@@ -124,7 +124,7 @@ def test_a_first_attempt_that_failed_on_its_data_can_be_corrected_in_the_same_fo
     result = train(only_stage("pretrain", max_steps=1), run, console=quiet)
     assert result.step == 1
     resolved = yaml.safe_load((run / "recipe.resolved.yaml").read_text())
-    assert resolved["data"]["captions"].endswith("captions_train.json")
+    assert resolved["data"]["captions"][0]["path"].endswith("captions_train.json")
 
 
 def test_the_saved_model_opens_from_a_folder_of_any_name_with_the_same_bits(tiny_run: Any, tmp_path: Path) -> None:

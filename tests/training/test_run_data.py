@@ -17,10 +17,11 @@ from rich.console import Console
 from symphony_vlm.cli import main
 from symphony_vlm.config.recipe import Recipe
 from symphony_vlm.data.images import image_key
+from symphony_vlm.data.mixture import SampleList
 from symphony_vlm.errors import InputError
 from symphony_vlm.evaluation.tasks.short_answer import load_items
 from symphony_vlm.training.run import train
-from symphony_vlm.training.run_data import RunData, SampleList, open_run_data
+from symphony_vlm.training.run_data import RunData, open_run_data
 
 PIXELS = np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)
 
@@ -307,7 +308,16 @@ def test_skipping_leaves_bad_records_out_and_counts_and_names_them(
     left_out = [line for line in lines if line.startswith("  left out: ")]
     assert ["3.png" in left_out[0], "8.png" in left_out[1]] == [True, True]
     counts = json.loads((tmp_path / "run" / "provenance.json").read_text())["counts"]["train: train.json"]
-    assert counts == {"records": 10, "images": 10, "faults": 2, "train": 6, "validation": 2}
+    assert counts == {
+        "records": 10,
+        "listed": 0,
+        "images": 10,
+        "faults": 2,
+        "train": 6,
+        "validation": 2,
+        "weight": 1.0,
+        "per_epoch": 6,
+    }
 
 
 def test_a_skipped_record_may_contain_what_looks_like_markup(
