@@ -248,7 +248,7 @@ def test_special_tokens_come_from_the_template_alone(kind: str, messages: list[M
         assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("kind", ["byte_level", "llama", "phi3"])
+@pytest.mark.parametrize("kind", ["llama", "phi3"])
 def test_words_like_special_tokens_are_merged_as_any_others(kind: str) -> None:
     """``<s`` is a piece of these vocabularies: the letters of ``<s>`` are not merely taken apart."""
     tokenizer = material.tokenizer_of(kind)
