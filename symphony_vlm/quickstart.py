@@ -15,7 +15,7 @@ from typing import IO, Any, TextIO, cast
 
 from rich.console import Console
 
-from symphony_vlm.config.recipe import Recipe
+from symphony_vlm.config.recipe import Recipe, SourceConfig
 from symphony_vlm.errors import InputError
 from symphony_vlm.files import write_json
 
@@ -148,8 +148,8 @@ def _for_router(recipe: Recipe, router: str, start: Path, scenes: Path) -> Recip
             "scenes": None,
             # The encoder stays as it was in the shared stages, and so do its features.
             "feature_cache": recipe.data.feature_cache or str(scenes.parent / "features"),
-            "train": str(scenes / "train.json"),
-            "captions": str(scenes / "captions_train.json"),
+            "train": [SourceConfig(path=str(scenes / "train.json"))],
+            "captions": [SourceConfig(path=str(scenes / "captions_train.json"))],
         }
     )
     return recipe.model_copy(update={"name": f"{recipe.name}_{router}", "model": model, "data": data})

@@ -36,7 +36,7 @@ for text alone, and the others would write another model's image marks. The line
 _CONTENTS = ("joined.text", "[{'type': 'text', 'text': joined.text}]")
 """What templates take as content: a text, or a list of parts."""
 _NO_THINKING = "{%- if enable_thinking is not defined -%}{%- set enable_thinking = false -%}{%- endif -%}"
-"""The data holds no thoughts; so templates that can open an answer with or without (Qwen3, SmolLM3) open it without."""
+"""The data holds no thoughts; so templates that can open an answer with or without (Qwen3) open it without."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,16 @@ from symphony_vlm.data.segments import Segment
 from symphony_vlm.errors import InputError
 from symphony_vlm.text import nearest
 
-__all__ = ["AUTO", "TEMPLATES", "Layout", "Template", "check_template_name", "get_template", "resolve_template"]
+__all__ = [
+    "AUTO",
+    "TEMPLATES",
+    "Layout",
+    "Template",
+    "check_template_name",
+    "get_template",
+    "resolve_template",
+    "stop_token_ids",
+]
 
 AUTO = "auto"
 """The tokenizer's own chat template where it has one, else ``vicuna_v1``."""
@@ -256,6 +265,13 @@ def resolve_template(name: str, tokenizer: Any) -> Layout:
     template = _with_eos(TEMPLATES[name], tokenizer)
     check_markers(template, tokenizer)
     return template
+
+
+def stop_token_ids(layout: Layout, tokenizer: Any) -> list[int]:
+    """Where generation stops: at the token that closes an answer, and at the tokenizer's EOS."""
+    ids = [] if layout.stop_token is None else [tokenizer.convert_tokens_to_ids(layout.stop_token)]
+    eos = tokenizer.eos_token_id
+    return ids if eos is None or eos in ids else [*ids, eos]
 
 
 def check_markers(template: Template, tokenizer: Any) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from symphony_vlm.data.conversation import encode_conversation, resolve_template
+from symphony_vlm.data.conversation import encode_conversation
 from symphony_vlm.data.sample import Sample
+from symphony_vlm.data.templates import resolve_template, stop_token_ids
 from symphony_vlm.evaluation.statistics import clustered_bootstrap_mean
 from symphony_vlm.evaluation.task import EvaluationItem, Task
 
@@ -93,7 +94,7 @@ def text_only_baseline(
             attention_mask=mask,
             max_new_tokens=task.max_new_tokens,
             do_sample=False,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=stop_token_ids(layout, tokenizer),
             pad_token_id=tokenizer.pad_token_id,
         )
         answers += tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)

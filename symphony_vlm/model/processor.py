@@ -14,7 +14,7 @@ from symphony_vlm.data.chat_template import ChatTemplate
 from symphony_vlm.data.conversation import EncodedConversation, encode_conversation
 from symphony_vlm.data.images import ImageLike, image_size, open_image
 from symphony_vlm.data.sample import ImagePart, ImageRef, Message
-from symphony_vlm.data.templates import AUTO, Layout, resolve_template
+from symphony_vlm.data.templates import AUTO, Layout, get_template, resolve_template, stop_token_ids
 from symphony_vlm.data.tokenizer import IMAGE_TOKEN
 from symphony_vlm.errors import InputError
 from symphony_vlm.model.merge import position_ids_from_mask
@@ -115,19 +115,16 @@ class SymphonyVLMProcessor(ProcessorMixin):
         return BatchFeature(inputs)
 
     def layout(self, template: str | None = None) -> Layout:
-        """How conversations are written: the processor's own template, or another by name."""
+        """How conversations are written: the processor's own template, or a built-in one by name."""
         name = template or self.template
         if name not in self._layouts:
-            self._layouts[name] = resolve_template(name, self.tokenizer)
+            self._layouts[name] = resolve_template(get_template(name).name, self.tokenizer)
         return self._layouts[name]
 
     @property
     def stop_token_ids(self) -> list[int]:
         """Where generation stops: at the token that closes an answer, and at the tokenizer's EOS."""
-        stop = self.layout().stop_token
-        ids = [] if stop is None else [self.tokenizer.convert_tokens_to_ids(stop)]
-        eos = self.tokenizer.eos_token_id
-        return ids if eos is None or eos in ids else [*ids, eos]
+        return stop_token_ids(self.layout(), self.tokenizer)
 
     @property
     def answer_end(self) -> str:

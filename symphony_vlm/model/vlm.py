@@ -196,7 +196,7 @@ class SymphonyVLMForConditionalGeneration(SymphonyPreTrainedModel, GenerationMix
         sharded = any(hasattr(parameter, "full_tensor") or hasattr(parameter, "ds_id") for parameter in parameters)
         return sharded or hasattr(self, "unshard")
 
-    def _idle_vision_pass(self, vision_features: Tensor | None) -> Tensor:
+    def _idle_vision_pass(self, vision_features: Tensor | None = None) -> Tensor:
         """Zero, by way of the tower and the projector, whose gradients become zeros.
 
         With `vision_features` (none of them here) the tower runs nowhere, and not here either.

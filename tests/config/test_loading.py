@@ -57,6 +57,8 @@ def test_a_recipe_is_the_same_by_name_and_by_path() -> None:
         ("stages.instrct.epochs=2", "instruct"),
         ("stages.instruct.train.projectr=1e-3", "projector"),
         ("stages.instruct.template=plian", "plain"),
+        ("model.template=tokeniser", "tokenizer"),
+        ("model.template=vicuna", "vicuna_v1"),
         ("evaluation.limits=3", "limit"),
         ("evaluation.corruptions=[fgo]", "fog"),
     ],
@@ -183,3 +185,16 @@ def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file") as error:
         load_recipe(str(tmp_path / "mine.yaml"))
     assert error.value.where == str(tmp_path / "mine.yaml")
+
+
+def test_a_new_model_has_no_tokenizer_whose_chat_template_could_be_used() -> None:
+    with pytest.raises(InputError, match="model.template: 'tokenizer' is the chat template of a pretrained model's"):
+        load_recipe("tiny", ["model.template=tokenizer"])
+    assert load_recipe("tiny", ["model.template=tokenizer", "model.start=runs/x"]).model.template == "tokenizer"
+    assert load_recipe("tiny", ["model.template=auto"]).model.template == "auto"
+
+
+@pytest.mark.parametrize("name", ["auto", "tokenizer"])
+def test_a_stage_may_have_another_built_in_template_only(name: str) -> None:
+    with pytest.raises(InputError, match=f"'{name}' is not one of plain"):
+        load_recipe("tiny", [f"stages.instruct.template={name}"])

@@ -33,7 +33,7 @@ MARKERS = [
     "<start_of_turn>",
     "<end_of_turn>",
 ]
-WORDS = ["▁the", "▁red", "▁is", "▁What", "▁A", "in", "er", "▁a"]
+WORDS = ["▁the", "▁red", "▁is", "▁What", "▁A", "in", "er", "▁a", "<s"]
 ASCII = [chr(code) for code in range(33, 127)] + ["▁"]
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 

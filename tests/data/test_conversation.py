@@ -248,6 +248,14 @@ def test_special_tokens_come_from_the_template_alone(kind: str, messages: list[M
         assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("kind", ["llama", "phi3"])
+def test_words_like_special_tokens_are_merged_as_any_others(kind: str) -> None:
+    """``<s`` is a piece of these vocabularies: the letters of ``<s>`` are not merely taken apart."""
+    tokenizer = material.tokenizer_of(kind)
+    encoded = encode(TEMPLATES["compact"], tokenizer, [message("user", "a<s>b"), message("assistant", "in<s>")])
+    assert tokenizer.convert_ids_to_tokens(encoded.input_ids).count("<s") == 2
+
+
 @pytest.mark.parametrize("kind", material.KINDS)
 @pytest.mark.parametrize("name", ["vicuna_v1", "phi3", "chatml"])
 def test_truncation_keeps_images_whole_and_ends_no_answer_early(name: str, kind: str) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,25 +62,28 @@ def _anonymous_memory() -> int:
     pytest.skip("the system does not tell apart memory with and without a file behind it")
 
 
+WRITER = """
+import sys, torch
+from pathlib import Path
+from symphony_vlm.data.feature_cache import FeatureCache
+
+cache, first = FeatureCache(Path(sys.argv[1])), int(sys.argv[2])
+for start in range(first, first + 20, 5):
+    numbers = range(start, start + 5)
+    features = [torch.full((1, 4, 8), float(i)) for i in numbers]
+    cache.add([bytes([i] * 32) for i in numbers], features, [(1, i) for i in numbers])
+"""
+
+
 def test_several_processes_fill_one_folder_at_once(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_fill, args=(tmp_path, first)) for first in (0, 10)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-        assert process.exitcode == 0
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), str(first)]) for first in (0, 10)]
+    assert [writer.wait() for writer in writers] == [0, 0]
     cache = FeatureCache(tmp_path)
     # Numbers 10 to 19 were written by both.
     assert len(cache) == 30
-    assert all(torch.equal(cache[key(i)][0], features_of(i)) for i in range(30))
-
-
-def _fill(folder: Path, first: int) -> None:
-    cache = FeatureCache(folder)
-    for start in range(first, first + 20, 5):
-        numbers = range(start, start + 5)
-        cache.add([key(i) for i in numbers], [features_of(i) for i in numbers], [SIZE] * 5)
+    for i in range(30):
+        features, size = cache[bytes([i] * 32)]
+        assert torch.equal(features, torch.full((1, 4, 8), float(i))) and size == (1, i)
 
 
 def test_a_refresh_takes_up_what_others_have_written(tmp_path: Path) -> None:

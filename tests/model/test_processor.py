@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -311,3 +312,71 @@ def test_answers_are_decoded_up_to_their_end(template: str) -> None:
 def test_an_unknown_template_names_the_nearest() -> None:
     with pytest.raises(InputError, match="did you mean 'compact'"):
         processor_of("compact").encode(ONE_TURN, template="compct")
+
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    """With a chat template of its own, written for text alone, whose answers do not end in the EOS token."""
+    tokenizer = train_tokenizer(
+        TEXTS, vocab_size=400, special_tokens=["<|im_start|>", "<|im_end|>"], end_token="<|endoftext|>"
+    )
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+def test_auto_is_decided_when_the_processor_is_made_and_saved_as_decided(tmp_path: Any) -> None:
+    assert processor_of("auto", byte_level_tokenizer("vicuna_v1")).template == "vicuna_v1"
+    processor = processor_of("auto", chat_tokenizer())
+    assert processor.template == "tokenizer"
+    encoded = processor.encode(TWO_TURNS)
+    processor.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "processor_config.json").read_text())["template"] == "tokenizer"
+    # Whatever a newer version of the tokenizer's files says, the model goes on as it was trained.
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "chat_template": CHATML.replace("user", "you")}))
+    loaded = SymphonyVLMProcessor.from_pretrained(tmp_path)
+    assert (loaded.template, loaded.chat_template) == ("tokenizer", processor.chat_template)
+    assert loaded.encode(TWO_TURNS) == encoded
+    assert loaded.stop_token_ids == processor.stop_token_ids
+
+
+@pytest.mark.parametrize("conversation", CONVERSATIONS.values(), ids=CONVERSATIONS)
+def test_the_tokenizers_template_gives_the_same_ids_by_every_way(conversation: list[Message]) -> None:
+    processor = processor_of("tokenizer", chat_tokenizer())
+    out = processor.apply_chat_template(
+        as_dicts(conversation, images=True), tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    assert out["input_ids"].tolist() == [processor.encode(conversation).input_ids]
+    out = processor.apply_chat_template(
+        as_dicts(conversation[:-1], images=True), tokenize=True, return_dict=True, add_generation_prompt=True
+    )
+    assert out["input_ids"].tolist() == processor.encode_prompts([conversation[:-1]])["input_ids"].tolist()
+
+
+def test_generation_stops_at_the_answers_end_and_at_the_tokenizers_eos() -> None:
+    processor = processor_of("tokenizer", chat_tokenizer())
+    end, eos = (processor.tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>"))
+    assert processor.stop_token_ids == [end, eos]
+    red = processor.tokenizer.encode(" red")
+    rows = [[*red, end, *red], [*red, eos, *red], [*red, *red, *red]]
+    assert processor.decode_answers(torch.tensor([(row + [eos] * 99)[:8] for row in rows])) == [
+        "red",
+        "red",
+        "red red red",
+    ]
+    compact = processor_of("compact")
+    assert compact.stop_token_ids == [compact.tokenizer.eos_token_id]
+    assert processor_of("plain").answer_end == "\n"
+    assert processor_of("plain").stop_token_ids == [processor_of("plain").tokenizer.eos_token_id]
+
+
+def test_another_template_can_be_named_for_one_stage() -> None:
+    processor = processor_of("tokenizer", chat_tokenizer())
+    assert processor.encode(WITH_IMAGE, template="plain") == processor_of("plain", chat_tokenizer()).encode(WITH_IMAGE)
+    with pytest.raises(InputError, match=r"'compact' needs <\|user\|>, <\|assistant\|>, <\|end\|> as single tokens"):
+        processor.encode(WITH_IMAGE, template="compact")
