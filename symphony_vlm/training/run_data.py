@@ -15,10 +15,11 @@ from symphony_vlm.data.datasets import SampleSource, open_samples
 from symphony_vlm.data.images import image_bytes, image_key
 from symphony_vlm.data.mixture import MixturePart, SampleList, WithoutRecords, repeated
 from symphony_vlm.data.preflight import check_samples
-from symphony_vlm.data.sample import ImagePart, ImageRef
+from symphony_vlm.data.sample import ImagePart, ImageRef, Sample, TextPart
 from symphony_vlm.data.skip_list import check_range
 from symphony_vlm.data.split import split_by_image
 from symphony_vlm.data.streaming import RecordStream
+from symphony_vlm.data.turns import IMAGE_MARKER
 from symphony_vlm.errors import InputError
 from symphony_vlm.files import write_text
 from symphony_vlm.training.sources import NamedSource, listed_records, used_sources
@@ -196,15 +197,30 @@ def _write_validation(samples: SampleList, output: Path) -> None:
         if sample.images:
             images = [_image_path(ref, output) for ref in sample.images]
             record["image"] = images[0] if len(images) == 1 else images
-        record["conversations"] = [
+        record |= _turns(sample)
+        lines.append(json.dumps(record, ensure_ascii=False))
+    write_text(output / "validation.jsonl", "\n".join(lines) + "\n" if lines else "")
+
+
+def _turns(sample: Sample) -> dict[str, Any]:
+    """The conversation in LLaVA's form, or as messages with parts if a question has the word ``<image>`` in it."""
+    texts = [part.text for m in sample.messages if m.role == "user" for part in m.parts if isinstance(part, TextPart)]
+    if any(IMAGE_MARKER in text for text in texts):
+        return {"messages": [{"role": m.role, "content": [_part(p) for p in m.parts]} for m in sample.messages]}
+    names = {"user": "human", "assistant": "gpt", "system": "system"}
+    return {
+        "conversations": [
             {
-                "from": {"user": "human", "assistant": "gpt", "system": "system"}[message.role],
-                "value": "".join("<image>" if isinstance(p, ImagePart) else p.text for p in message.parts),
+                "from": names[message.role],
+                "value": "".join(IMAGE_MARKER if isinstance(p, ImagePart) else p.text for p in message.parts),
             }
             for message in sample.messages
         ]
-        lines.append(json.dumps(record, ensure_ascii=False))
-    write_text(output / "validation.jsonl", "\n".join(lines) + "\n" if lines else "")
+    }
+
+
+def _part(part: TextPart | ImagePart) -> dict[str, Any]:
+    return {"type": "text", "text": part.text} if isinstance(part, TextPart) else {"type": "image", "index": part.index}
 
 
 def _image_path(ref: ImageRef, output: Path) -> str:

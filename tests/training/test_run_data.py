@@ -16,6 +16,7 @@ from rich.console import Console
 
 from symphony_vlm.cli import main
 from symphony_vlm.config.recipe import Recipe
+from symphony_vlm.data.datasets import open_samples
 from symphony_vlm.data.images import image_key
 from symphony_vlm.data.mixture import SampleList
 from symphony_vlm.errors import InputError
@@ -161,6 +162,32 @@ def test_the_held_out_records_are_written_so_that_eval_can_read_them(
         main(["eval", "--model", model, "--data", str(validation), "--output", str(output), "--json"])
     assert not stop.value.code
     assert json.loads((output / "results.json").read_text())["results"][0]["n_items"] == 2
+
+
+def test_held_out_questions_about_the_word_image_are_read_back_as_they_were(
+    short: Callable[..., Recipe], tmp_path: Path, quiet: Console
+) -> None:
+    """In LLaVA's form the word would be a marker, and the record would have more markers than images."""
+    _pictures(tmp_path, [f"{i}.png" for i in range(4)])
+    text = {"type": "text", "text": "What does <image> mean here?"}
+    more = {"type": "text", "text": " Be exact."}
+    records = [
+        {
+            "id": str(i),
+            "messages": [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": [text, {"type": "image", "image": f"{i}.png"}, more]},
+                {"role": "assistant", "content": "A picture, <image>."},
+            ],
+        }
+        for i in range(4)
+    ]
+    data = open_run_data(short(_write(tmp_path, records), validation_fraction=0.5), tmp_path / "run", quiet.print)
+    again = open_samples(tmp_path / "run" / "validation.jsonl")
+    assert len(again) == len(data.validation["train"]) == 2
+    for found, original in zip(again, data.validation["train"], strict=True):
+        assert found.messages == original.messages
+        assert [ref.path for ref in found.images] == [ref.path for ref in original.images]
 
 
 def test_held_out_records_of_several_files_without_ids_have_ids_of_their_own(
