@@ -1,4 +1,4 @@
-"""The order in which a stage sees its samples when batches are grouped by length, or by modality and length."""
+"""The order in which a stage sees its samples: at random, grouped by length, or by modality and length."""
 
 from __future__ import annotations
 
@@ -7,28 +7,30 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch.utils.data import Sampler
 
-__all__ = ["GroupedSampler", "Order", "deal_evenly", "length_order", "modality_length_order"]
+__all__ = ["EpochSampler", "Order", "deal_evenly", "length_order", "modality_length_order", "random_order"]
 
 Order = Callable[[torch.Generator], list[int]]
 """An order of all samples, from a random state."""
 
 
-class GroupedSampler(Sampler[int]):
+class EpochSampler(Sampler[int]):
     """Goes through the samples in an order of its own each epoch.
 
-    The order is a function of seed and epoch: every process and every continued run finds the same. That is what
-    transformers' ``train_sampling_strategy="group_by_length"`` lacks, whose order depends on what else has drawn
-    random numbers.
+    The order is a function of seed and epoch: every continued run and any number of processes find the same, so that
+    an optimizer step has the same samples whoever computes it. That is what the Trainer's own orders lack: one depends
+    on what else has drawn random numbers, the others on how many samples fill up the last batches.
 
     Args:
         order: makes an epoch's order.
         num_samples: how many samples it orders.
         seed: of the run.
+        padded_to: how many samples an epoch has with the placeholders at its end (`placeholders.PaddedDataset`).
     """
 
-    def __init__(self, order: Order, num_samples: int, *, seed: int) -> None:
+    def __init__(self, order: Order, num_samples: int, *, seed: int, padded_to: int | None = None) -> None:
         self._order = order
         self._num_samples = num_samples
+        self._placeholders = range(num_samples, padded_to or num_samples)
         self._seed = seed
         self._epoch = 0
 
@@ -37,10 +39,21 @@ class GroupedSampler(Sampler[int]):
         self._epoch = epoch
 
     def __len__(self) -> int:
-        return self._num_samples
+        return self._num_samples + len(self._placeholders)
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self._order(torch.Generator().manual_seed(1000003 * self._seed + self._epoch)))
+        generator = torch.Generator().manual_seed(1000003 * self._seed + self._epoch)
+        return iter([*self._order(generator), *self._placeholders])
+
+    def padded(self, padded_to: int) -> EpochSampler:
+        """The same order with placeholders at its end."""
+        return EpochSampler(self._order, self._num_samples, seed=self._seed, padded_to=padded_to)
+
+
+def random_order(num_samples: int, generator: torch.Generator) -> list[int]:
+    """A permutation."""
+    order: list[int] = torch.randperm(num_samples, generator=generator).tolist()
+    return order
 
 
 def length_order(lengths: Sequence[int], batch_size: int, generator: torch.Generator) -> list[int]:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from functools import partial
 
 from symphony_vlm.config.recipe import StageConfig
 from symphony_vlm.data.collator import ConversationDataset
-from symphony_vlm.data.grouping import GroupedSampler, Order, length_order, modality_length_order
+from symphony_vlm.data.grouping import EpochSampler, Order, length_order, modality_length_order, random_order
 from symphony_vlm.data.packing import PackedDataset
 
-__all__ = ["pack", "train_sampler"]
+__all__ = ["grouped_sampler", "pack", "random_sampler"]
 
 
 def pack(
@@ -34,10 +34,13 @@ def pack(
     return packed
 
 
-def train_sampler(dataset: ConversationDataset, stage: StageConfig, *, seed: int) -> GroupedSampler | None:
-    """The order of a stage's training samples by its `group_by`; None: the Trainer's random one."""
-    if stage.group_by == "none":
-        return None
+def random_sampler(dataset: Sized, *, seed: int) -> EpochSampler:
+    """A random order of any samples."""
+    return EpochSampler(partial(random_order, len(dataset)), len(dataset), seed=seed)
+
+
+def grouped_sampler(dataset: ConversationDataset, stage: StageConfig, *, seed: int) -> EpochSampler:
+    """The order of a stage's training samples by its `group_by`."""
     lengths = [dataset.num_tokens(index) for index in range(len(dataset))]
     num_batches = stage.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", "1"))
     order: Order
@@ -46,4 +49,4 @@ def train_sampler(dataset: ConversationDataset, stage: StageConfig, *, seed: int
     else:
         has_image = [dataset.has_image(index) for index in range(len(dataset))]
         order = partial(modality_length_order, lengths, has_image, stage.batch_size, num_batches)
-    return GroupedSampler(order, len(dataset), seed=seed)
+    return EpochSampler(order, len(dataset), seed=seed)

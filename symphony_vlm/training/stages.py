@@ -26,7 +26,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from symphony_vlm.config.recipe import Recipe, StageConfig
 from symphony_vlm.data.collator import ConversationCollator
-from symphony_vlm.data.grouping import GroupedSampler
+from symphony_vlm.data.grouping import EpochSampler
 from symphony_vlm.data.images import load_image
 from symphony_vlm.data.mixture import SampleList
 from symphony_vlm.data.packing import PackedCollator
@@ -37,7 +37,7 @@ from symphony_vlm.model.attention import attention_by_document
 from symphony_vlm.model.processor import SymphonyVLMProcessor
 from symphony_vlm.model.vlm import SymphonyVLMForConditionalGeneration
 from symphony_vlm.moe.configuration import MoEConfig
-from symphony_vlm.training.batches import pack, train_sampler
+from symphony_vlm.training.batches import grouped_sampler, pack, random_sampler
 from symphony_vlm.training.callbacks import CheckpointMark, ExpertGraphUpdate, JsonLog, ProgressDisplay, RoutingLog
 from symphony_vlm.training.consumption import Consumption, SourcedConversations, TaggedCollator
 from symphony_vlm.training.contrastive import CaptionCollator, ContrastiveModel, caption_dataset, save_open_clip
@@ -177,8 +177,8 @@ def _run_multimodal(stage: StageConfig, context: RunContext) -> None:
         parts["train"] = pack(parts["train"], stage, seed=seed, report=report)
         parts["validation"] = pack(parts["validation"], stage, seed=seed)
         parts["collate"] = PackedCollator(collate)
-    else:
-        parts["sampler"] = train_sampler(parts["train"], stage, seed=context.recipe.seed)
+    elif stage.group_by != "none":
+        parts["sampler"] = grouped_sampler(parts["train"], stage, seed=context.recipe.seed)
     callbacks: list[TrainerCallback] = [ExpertGraphUpdate()]
     if model.routing is not None:
         # A folder of its own: TensorBoard follows one growing file per folder.
@@ -241,7 +241,7 @@ def _trainer(
     rates: Mapping[str, float],
     callbacks: Sequence[TrainerCallback] = (),
     drop_last: bool = False,
-    sampler: GroupedSampler | None = None,
+    sampler: EpochSampler | None = None,
     labels: Sequence[str] = (),
     pad_token_id: int = 0,
 ) -> StageTrainer:
@@ -254,10 +254,12 @@ def _trainer(
     eval_batch_size = min(stage.batch_size, len(validation)) if drop_last and has_validation else stage.batch_size
     streaming = isinstance(train, StreamedConversations)
     steps = stage.max_steps if streaming else _total_steps(stage, len(train), drop_last)
-    # A sampler of ours draws each of its samples, and no others.
-    if not (streaming or drop_last or sampler) and PartialState().num_processes > 1:
-        multiple = stage.batch_size * PartialState().num_processes
-        train = PaddedDataset(train, multiple=multiple, pad_token_id=pad_token_id)
+    if not streaming:
+        sampler = sampler or random_sampler(train, seed=context.recipe.seed)
+        if not drop_last and PartialState().num_processes > 1:
+            multiple = stage.batch_size * PartialState().num_processes
+            train = PaddedDataset(train, multiple=multiple, pad_token_id=pad_token_id)
+            sampler = sampler.padded(len(train))
     report = partial(context.console.print, markup=False)
     consumption = Consumption(labels, folder, on_bad_sample=context.recipe.data.on_bad_sample, report=report)
     # Checkpoints fall on log steps, so that a log line never spans an interruption.

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerState
 
 from symphony_vlm.data.conversation import IGNORE_INDEX
-from symphony_vlm.data.grouping import GroupedSampler
+from symphony_vlm.data.grouping import EpochSampler
 from symphony_vlm.errors import InputError
 from symphony_vlm.moe.statistics import sum_over_processes
 from symphony_vlm.text import nearest
@@ -75,7 +75,7 @@ class EpochOrder(TrainerCallback):
     skips the batches already seen.
     """
 
-    def __init__(self, sampler: GroupedSampler) -> None:
+    def __init__(self, sampler: EpochSampler) -> None:
         self._sampler = sampler
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -96,7 +96,7 @@ class StageTrainer(Trainer):
         self,
         *args: Any,
         rates: Mapping[str, float],
-        sampler: GroupedSampler | None = None,
+        sampler: EpochSampler | None = None,
         consumption: Consumption | None = None,
         **kwargs: Any,
     ) -> None:

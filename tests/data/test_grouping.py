@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from symphony_vlm.data.grouping import GroupedSampler, deal_evenly, length_order, modality_length_order
+from symphony_vlm.data.grouping import EpochSampler, deal_evenly, length_order, modality_length_order
 
 BATCH, BATCHES = 4, 6
 MEGA = BATCH * BATCHES
@@ -120,9 +120,9 @@ def test_length_order_leaves_little_padding_and_uses_true_lengths() -> None:
     assert length_order(lengths, MEGA, torch.Generator().manual_seed(0)) == order
 
 
-def _sampler(seed: int = 0) -> GroupedSampler:
+def _sampler(seed: int = 0) -> EpochSampler:
     lengths, has_image = _data()
-    return GroupedSampler(partial(modality_length_order, lengths, has_image, BATCH, BATCHES), len(lengths), seed=seed)
+    return EpochSampler(partial(modality_length_order, lengths, has_image, BATCH, BATCHES), len(lengths), seed=seed)
 
 
 def test_an_epoch_has_its_order_whenever_it_is_asked_for() -> None:
@@ -145,7 +145,7 @@ def test_processes_share_an_epoch_and_a_continued_one_goes_on_where_it_was(proce
     """As the Trainer's loaders do it, with accelerate's shards and its skipping of batches already seen."""
     lengths, has_image = _data()
 
-    def open_loader(process: int) -> tuple[GroupedSampler, Any]:
+    def open_loader(process: int) -> tuple[EpochSampler, Any]:
         sampler = _sampler()
         loader = DataLoader(list(range(len(lengths))), batch_size=BATCH, sampler=sampler, collate_fn=list)
         return sampler, prepare_data_loader(loader, num_processes=processes, process_index=process, put_on_device=False)
