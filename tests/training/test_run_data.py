@@ -347,6 +347,28 @@ def test_skipping_leaves_bad_records_out_and_counts_and_names_them(
     }
 
 
+def test_training_leaves_out_what_data_check_has_listed(
+    good: Path, short: Callable[..., Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the command that finds the faults to the run that skips them, by the file that the one writes."""
+    (good / "3.png").unlink()
+    records = [_record(i, f"{i}.png") for i in range(10)]
+    records[5]["conversations"][1]["value"] = " "
+    records[8]["id"] = "r2"
+    _write(good, records)
+    with pytest.raises(SystemExit) as stop:
+        main(["data", "check", "--data", str(good / "train.json"), "--output", str(tmp_path / "check")])
+    assert stop.value.code == 1
+    code, _, lines = _train_by_command(short(good / "train.json"), tmp_path, capsys)
+    assert code == 2 and "2 of 10 records cannot be used" in " ".join(lines)
+    recipe = short(good / "train.json", skip=[str(tmp_path / "check" / "faults.jsonl")])
+    code, _, lines = _train_by_command(recipe, tmp_path, capsys)
+    assert code == 0, lines
+    counts = json.loads((tmp_path / "run" / "provenance.json").read_text())["counts"]["train: train.json"]
+    assert (counts["records"], counts["listed"], counts["faults"]) == (10, 3, 0)
+    assert counts["train"] + counts["validation"] == 7
+
+
 def test_a_skipped_record_may_contain_what_looks_like_markup(
     good: Path, short: Callable[..., Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
