@@ -221,13 +221,17 @@ def test_config_list_and_show_print_what_a_run_would_use(capsys: pytest.CaptureF
     import yaml
 
     from symphony_vlm.config.loading import list_recipes, load_recipe
+    from symphony_vlm.config.prepared import PreparedData, list_prepared, load_prepared
     from symphony_vlm.config.recipe import Recipe
 
     code, out, _ = _call(capsys, "config", "list", "--json")
     assert code == 0
-    assert json.loads(out.splitlines()[-1]) == {"recipes": list_recipes()}
+    assert json.loads(out.splitlines()[-1]) == {"recipes": list_recipes(), "data": list_prepared()}
     code, out, _ = _call(capsys, "config", "list")
-    assert all(f"{name} " in out for name in list_recipes())
+    assert all(f"  {name} " in out for name in [*list_recipes(), *list_prepared()])
+    code, out, _ = _call(capsys, "config", "show", "llava_mix665k")
+    assert code == 0
+    assert PreparedData.model_validate(yaml.safe_load(out)) == load_prepared("llava_mix665k")
     code, out, _ = _call(capsys, "config", "show", "quickstart", "seed=3", "stages.instruct.epochs=2")
     assert code == 0
     assert Recipe.model_validate(yaml.safe_load(out)) == load_recipe(

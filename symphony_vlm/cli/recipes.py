@@ -1,4 +1,4 @@
-"""Commands that show recipes."""
+"""Commands that show recipes and prepared data."""
 
 from __future__ import annotations
 
@@ -14,24 +14,38 @@ __all__: list[str] = []
 
 @config_app.command("list")
 def config_list(json_: Json = False) -> None:
-    """List the packaged recipes.
+    """List the packaged recipes, and the public data sets that a recipe can use by name (data=NAME).
 
     Example: symphony-vlm config list
     """
     from symphony_vlm.config.loading import list_recipes, load_recipe
+    from symphony_vlm.config.prepared import list_prepared, load_prepared
 
     recipes = {name: load_recipe(name).description for name in list_recipes()}
-    finish({"recipes": list(recipes)}, json_, "\n".join(f"{name:16} {text}" for name, text in recipes.items()))
+    data = {name: load_prepared(name) for name in list_prepared()}
+    groups = [("recipes", recipes)]
+    for purpose in ("training", "evaluation"):
+        groups.append(
+            (f"{purpose} data", {n: found.description for n, found in data.items() if found.purpose == purpose})
+        )
+    tables = (f"{title}\n" + "\n".join(f"  {name:16} {text}" for name, text in rows.items()) for title, rows in groups)
+    finish({"recipes": list(recipes), "data": list(data)}, json_, "\n\n".join(tables))
 
 
 @config_app.command("show")
-def config_show(name: Annotated[str, typer.Argument(help="Name or YAML file.")], overrides: Overrides = None) -> None:
-    """Print a recipe with every default filled in.
+def config_show(
+    name: Annotated[str, typer.Argument(help="A recipe or its YAML file, or prepared data.")],
+    overrides: Overrides = None,
+) -> None:
+    """Print a recipe with every default filled in, or what is known of prepared data.
 
     Example: symphony-vlm config show quickstart seed=1
     """
     import yaml
 
-    from symphony_vlm.config.loading import load_recipe
+    from symphony_vlm.config.loading import list_recipes, load_recipe
+    from symphony_vlm.config.prepared import list_prepared, load_prepared
 
-    typer.echo(yaml.safe_dump(json.loads(load_recipe(name, overrides or []).model_dump_json()), sort_keys=False))
+    is_data = name in list_prepared() and name not in list_recipes() and not overrides
+    found = load_prepared(name) if is_data else load_recipe(name, overrides or [])
+    typer.echo(yaml.safe_dump(json.loads(found.model_dump_json(exclude_none=is_data)), sort_keys=False).rstrip())
