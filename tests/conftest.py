@@ -31,7 +31,7 @@ MAX_POSITIONS = 512
 
 def make_tiny_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level tokenizer with the markers of the ``compact`` template."""
-    from symphony_vlm.data.conversation import get_template
+    from symphony_vlm.data.templates import get_template
     from symphony_vlm.data.tokenizer import train_tokenizer
 
     template = get_template("compact")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,19 +49,8 @@ def open_tokenization(choice: TokenChoice, recipe: Recipe | None) -> Tokenizatio
         return None
     if choice.model is not None and choice.tokenizer is not None:
         raise InputError("give one of them", where="--model and --tokenizer", remedy="A model brings its tokenizer.")
-    from symphony_vlm.data.check.tokens import Tokenization
-    from symphony_vlm.data.conversation import get_template
-
-    tokenizer, template, image_tokens, image_token_id = (
-        _of_model(choice.model) if choice.model is not None else _of_tokenizer(str(choice.tokenizer), recipe)
-    )
-    return Tokenization(
-        tokenizer=tokenizer,
-        template=get_template(choice.template or template),
-        image_token_id=image_token_id,
-        num_image_tokens=choice.image_tokens or image_tokens,
-        max_length=choice.max_length or _max_length(recipe),
-    )
+    made = _of_model(choice) if choice.model is not None else _of_tokenizer(choice, recipe)
+    return dataclasses.replace(made, max_length=choice.max_length or _max_length(recipe))
 
 
 def _max_length(recipe: Recipe | None) -> int | None:
@@ -69,11 +59,12 @@ def _max_length(recipe: Recipe | None) -> int | None:
     return min(lengths, default=None)
 
 
-def _of_model(name: str) -> tuple[Any, str, int, int]:
+def _of_model(choice: TokenChoice) -> Tokenization:
+    from symphony_vlm.data.check.tokens import Tokenization
     from symphony_vlm.model.loading import local_folder
     from symphony_vlm.model.processor import SymphonyVLMProcessor
 
-    folder = local_folder(name)
+    folder = local_folder(str(choice.model))
     try:
         processor = SymphonyVLMProcessor.from_pretrained(folder)
     except (OSError, ValueError, TypeError) as error:
@@ -82,14 +73,23 @@ def _of_model(name: str) -> tuple[Any, str, int, int]:
             where=str(folder),
             remedy="Name a language model's folder with --tokenizer.",
         ) from error
-    return processor.tokenizer, processor.template, processor.num_image_tokens, processor.image_token_id
+    return Tokenization(
+        tokenizer=processor.tokenizer,
+        template=processor.layout(choice.template),
+        image_token_id=processor.image_token_id,
+        num_image_tokens=choice.image_tokens or processor.num_image_tokens,
+        count_image_tokens=None if choice.image_tokens else processor.count_tokens_of_files,
+    )
 
 
-def _of_tokenizer(name: str, recipe: Recipe | None) -> tuple[Any, str, int, int]:
+def _of_tokenizer(choice: TokenChoice, recipe: Recipe | None) -> Tokenization:
     from transformers import AutoTokenizer
 
+    from symphony_vlm.data.check.tokens import Tokenization
+    from symphony_vlm.data.templates import resolve_template
     from symphony_vlm.data.tokenizer import IMAGE_TOKEN, ensure_special_tokens
 
+    name = str(choice.tokenizer)
     if not Path(name).expanduser().is_dir() and name.startswith((".", "/", "~")):
         raise InputError("no such folder", where=name, remedy="Give the folder of a saved tokenizer, or a hub name.")
     try:
@@ -101,16 +101,21 @@ def _of_tokenizer(name: str, recipe: Recipe | None) -> tuple[Any, str, int, int]
             remedy="Give a local folder with tokenizer files, or a hub id while online.",
         ) from error
     ensure_special_tokens(tokenizer)
-    template = recipe.model.template if recipe is not None else _fitting_template(tokenizer)
-    return tokenizer, template, DEFAULT_IMAGE_TOKENS, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    template = choice.template or (recipe.model.template if recipe is not None else _fitting_template(tokenizer))
+    return Tokenization(
+        tokenizer=tokenizer,
+        template=resolve_template(template, tokenizer),
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        num_image_tokens=choice.image_tokens or DEFAULT_IMAGE_TOKENS,
+    )
 
 
 def _fitting_template(tokenizer: Any) -> str:
-    """The template all of whose markers the tokenizer has as tokens; else vicuna_v1, which needs none."""
-    from symphony_vlm.data.conversation import TEMPLATES
+    """The tokenizer's own template; else that whose markers it has as tokens; else vicuna_v1, which needs none."""
+    from symphony_vlm.data.templates import AUTO, TEMPLATES
 
     vocabulary = tokenizer.get_vocab()
-    for template in TEMPLATES.values():
+    for template in () if tokenizer.chat_template else TEMPLATES.values():
         if template.special_tokens and all(marker in vocabulary for marker in template.special_tokens):
             return template.name
-    return "vicuna_v1"
+    return AUTO

@@ -14,29 +14,13 @@ from weakref import WeakKeyDictionary
 
 from symphony_vlm.data.sample import Message
 from symphony_vlm.data.segments import Place, SegmentTokenizer, join_segments
-from symphony_vlm.data.templates import (
-    TEMPLATES,
-    Layout,
-    Template,
-    check_markers,
-    get_template,
-    resolve_template,
-)
+from symphony_vlm.data.templates import Layout, Template, check_markers
 from symphony_vlm.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = [
-    "IGNORE_INDEX",
-    "TEMPLATES",
-    "EncodedConversation",
-    "Layout",
-    "Template",
-    "encode_conversation",
-    "get_template",
-    "resolve_template",
-]
+__all__ = ["IGNORE_INDEX", "EncodedConversation", "encode_conversation"]
 
 IGNORE_INDEX = -100
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from symphony_vlm.data.conversation import encode_conversation, resolve_template
+from symphony_vlm.data.conversation import encode_conversation
 from symphony_vlm.data.sample import Message, Sample, TextPart
+from symphony_vlm.data.templates import resolve_template
 from symphony_vlm.errors import InputError
 
 __all__ = ["TextBlocks", "without_images"]

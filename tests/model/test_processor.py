@@ -13,8 +13,9 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from symphony_vlm.data.conversation import IGNORE_INDEX, TEMPLATES, EncodedConversation
+from symphony_vlm.data.conversation import IGNORE_INDEX, EncodedConversation
 from symphony_vlm.data.sample import ImagePart, Message, TextPart
+from symphony_vlm.data.templates import TEMPLATES
 from symphony_vlm.data.tokenizer import IMAGE_TOKEN, train_tokenizer
 from symphony_vlm.errors import InputError
 from symphony_vlm.model.image_processor import SymphonyImageProcessor

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from symphony_vlm.data.check.tokens import Tokenization
-from symphony_vlm.data.conversation import IGNORE_INDEX
+from symphony_vlm.data.conversation import IGNORE_INDEX, EncodedConversation
 from symphony_vlm.data.sample import ImagePart, Sample
 from symphony_vlm.errors import InputError
 
@@ -74,7 +74,7 @@ def view_sample(sample: Sample, file: str, index: int, tokenization: Tokenizatio
         sample=sample,
         file=file,
         index=index,
-        spans=tuple(_token_spans(encoded.input_ids, encoded.labels, tokenization, has_images=bool(sample.images))),
+        spans=tuple(_token_spans(encoded, tokenization, tokenization.image_tokens(sample))),
         n_tokens=len(encoded.input_ids),
         n_supervised=sum(label != IGNORE_INDEX for label in encoded.labels),
     )
@@ -92,17 +92,18 @@ def _text_spans(sample: Sample) -> Iterator[Span]:
                 yield Span(kind=kind, text=part.text)
 
 
-def _token_spans(ids: Sequence[int], labels: Sequence[int], made: Tokenization, *, has_images: bool) -> Iterator[Span]:
+def _token_spans(encoded: EncodedConversation, made: Tokenization, image_tokens: Sequence[int]) -> Iterator[Span]:
+    ids, labels = encoded.input_ids, encoded.labels
+    images = iter([image_tokens[index] for index in encoded.image_order])
     special = {*made.tokenizer.all_special_ids, *made.tokenizer.get_added_vocab().values()}
     limit = len(ids) if made.max_length is None else made.max_length
     start = 0
     while start < len(ids):
         supervised = labels[start] != IGNORE_INDEX
         stop = start + 1
-        if ids[start] == made.image_token_id and not supervised and has_images:
-            # Two images may stand side by side.
-            while stop < min(len(ids), start + made.num_image_tokens) and ids[stop] == made.image_token_id:
-                stop += 1
+        count = next(images, None) if ids[start] == made.image_token_id and not supervised else None
+        if count is not None:
+            stop = start + count
             kind: SpanKind = "image"
             text, shown = f"[image x {stop - start}]", tuple(ids[start : start + 1])
         else:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from symphony_vlm.data.conversation import IGNORE_INDEX, EncodedConversation, Template, encode_conversation
-from symphony_vlm.data.sample import Sample
+from symphony_vlm.data.conversation import IGNORE_INDEX, EncodedConversation, encode_conversation
+from symphony_vlm.data.sample import ImageRef, Sample
+from symphony_vlm.data.templates import Layout
 from symphony_vlm.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,11 +25,18 @@ class Tokenization:
     """How records become tokens."""
 
     tokenizer: PreTrainedTokenizerBase
-    template: Template
+    template: Layout
     image_token_id: int
     num_image_tokens: int
-    """Tokens in the place of each image."""
+    """Tokens in the place of each image; where images become tiles, of one tile."""
+    count_image_tokens: Callable[[Sequence[ImageRef]], list[int] | None] | None = None
+    """Tokens of each image, where its size matters; None, or the result None: `num_image_tokens`."""
     max_length: int | None = None
+
+    def image_tokens(self, sample: Sample) -> list[int]:
+        """Tokens of each of the sample's images."""
+        counted = self.count_image_tokens(sample.images) if self.count_image_tokens else None
+        return [self.num_image_tokens] * len(sample.images) if counted is None else counted
 
     def encode(self, sample: Sample) -> EncodedConversation:
         """The whole sample, whatever its length.
@@ -40,7 +49,7 @@ class Tokenization:
             template=self.template,
             tokenizer=self.tokenizer,
             image_token_id=self.image_token_id,
-            num_image_tokens=self.num_image_tokens,
+            num_image_tokens=self.image_tokens(sample),
             origin=sample.origin,
         )
 

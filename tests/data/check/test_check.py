@@ -25,8 +25,9 @@ from symphony_vlm.data.check.report import CheckReport
 from symphony_vlm.data.check.run import CheckOptions, check_data, choose_views
 from symphony_vlm.data.check.spans import view_sample
 from symphony_vlm.data.check.tokens import TokenCheck, Tokenization, percentiles
-from symphony_vlm.data.conversation import IGNORE_INDEX, get_template
+from symphony_vlm.data.conversation import IGNORE_INDEX
 from symphony_vlm.data.datasets import open_samples
+from symphony_vlm.data.templates import get_template
 
 REPOSITORY = Path(__file__).parents[3]
 

@@ -161,8 +161,50 @@ def test_a_tokenizer_alone_is_enough_and_takes_the_template_whose_markers_it_has
     tokens = json.loads(out.splitlines()[-1])["tokens"]
     assert code in (0, 1)
     assert (tokens["template"], tokens["num_image_tokens"], tokens["max_length"]) == ("compact", 3, 20)
-    code, out, _ = _call(capsys, *arguments, "--template", "chatml", "--json")
-    assert json.loads(out.splitlines()[-1])["tokens"]["template"] == "chatml"
+    code, out, _ = _call(capsys, *arguments, "--template", "plain", "--json")
+    assert json.loads(out.splitlines()[-1])["tokens"]["template"] == "plain"
+    code, _, err = _call(capsys, *arguments, "--template", "chatml", "--json")
+    assert code == 2 and "<|im_start|>" in err[0]
+
+
+def test_a_tokenizers_own_chat_template_makes_the_tokens(
+    clean: Path, capsys: pytest.CaptureFixture[str], tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    tiny_tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% if m['role'] == 'assistant' %}<|end|>{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    found = {}
+    for more in ([], ["--template", "compact"]):
+        _, out, _ = _call(capsys, "--data", clean, "--tokenizer", tmp_path / "tokenizer", "--json", *more)
+        tokens = json.loads(out.splitlines()[-1])["tokens"]
+        found[tokens.pop("template")] = tokens
+    assert list(found) == ["tokenizer", "compact"]
+    assert found["tokenizer"] == found["compact"]
+
+
+def test_tiles_are_counted_by_the_size_of_each_picture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_model_factory: Any
+) -> None:
+    model = tiny_model_factory(resize_mode="anyres")
+    model.save_pretrained(tmp_path / "model")
+    model.processor.save_pretrained(tmp_path / "model")
+    expected = 0
+    records = []
+    for number, size in enumerate([(30, 30), (90, 20), (20, 90)]):
+        Image.new("RGB", size, "red").save(tmp_path / f"{number}.png")
+        expected += model.processor.count_image_tokens([size[::-1]])[0]
+        turns = [{"from": "human", "value": f"<image>{number}?"}, {"from": "gpt", "value": "yes"}]
+        records.append({"id": str(number), "image": f"{number}.png", "conversations": turns})
+    (tmp_path / "train.json").write_text(json.dumps(records))
+    code, out, _ = _call(
+        capsys, "--data", tmp_path / "train.json", "--model", tmp_path / "model", "--show", 3, "--json"
+    )
+    assert code == 0
+    assert json.loads(out.splitlines()[-1])["tokens"]["image_tokens"] == expected
+    counts = [model.processor.count_image_tokens([size])[0] for size in [(30, 30), (20, 90), (90, 20)]]
+    assert all(f"[image x {count}]" in out for count in counts)
 
 
 def test_the_structural_check_imports_no_torch(clean: Path) -> None:
