@@ -172,7 +172,8 @@ def test_a_tokenizers_own_chat_template_makes_the_tokens(
 ) -> None:
     tiny_tokenizer.chat_template = (
         "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}"
-        "{% if m['role'] == 'assistant' %}<|end|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+        "{% if m['role'] == 'assistant' %}<|end|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
     tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
     found = {}
