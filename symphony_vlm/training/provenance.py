@@ -39,7 +39,8 @@ def provenance(**facts: Any) -> dict[str, Any]:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {
         **facts,
-        "versions": {"python": sys.version.split()[0], **_versions()},
+        # With the build (+cpu, +cu130), which the package's metadata does not tell.
+        "versions": {"python": sys.version.split()[0], **_versions(), "torch": torch.__version__},
         "git": _git(),
         "hardware": {
             "device": device,

@@ -191,8 +191,11 @@ def test_an_installed_package_finds_its_own_recipes_whatever_lies_beside_it(whee
     command = [sys.executable, "-m", "symphony_vlm.cli", "config", "list", "--json"]
     listed = subprocess.run(command, **run)  # type: ignore[call-overload]
     assert listed.returncode == 0, listed.stderr
-    recipes = sorted(path.stem for path in (REPOSITORY / "configs" / "recipes").glob("*.yaml"))
-    assert json.loads(listed.stdout) == {"recipes": recipes}
+    ours = {
+        kind: sorted(path.stem for path in (REPOSITORY / "configs" / kind).glob("*.yaml"))
+        for kind in ("recipes", "data")
+    }
+    assert json.loads(listed.stdout) == ours
 
 
 # Several processes.
