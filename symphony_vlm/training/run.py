@@ -18,7 +18,7 @@ from symphony_vlm.training.run_data import open_run_data
 from symphony_vlm.training.run_state import RunState
 
 if TYPE_CHECKING:
-    from symphony_vlm.training.stages import RunContext
+    from symphony_vlm.training.fitting import RunContext
 
 __all__ = ["TrainResult", "train"]
 
@@ -77,8 +77,8 @@ def train(recipe: Recipe, output: Path, *, console: Console | None = None) -> Tr
 
 def _open(recipe: Recipe, output: Path, state: RunState, console: Console) -> RunContext:
     """Checks the recipe, opens the data and the tokenizer, and records where the result comes from."""
+    from symphony_vlm.training.fitting import RunContext
     from symphony_vlm.training.parts import check_architectures, check_templates, open_tokenizer
-    from symphony_vlm.training.stages import RunContext
 
     check_architectures(recipe.model)
     # Names and records may hold [/INST] and the like, which the console would take for markup.

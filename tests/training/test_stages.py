@@ -425,7 +425,7 @@ def test_captions_and_conversations_can_be_mixed_in_one_stage(
 
 
 def test_a_failed_save_leaves_the_old_model(tmp_path: Path) -> None:
-    from symphony_vlm.training.stages import _replace_folder
+    from symphony_vlm.training.fitting import replace_folder
 
     folder = tmp_path / "model"
     folder.mkdir()
@@ -437,9 +437,9 @@ def test_a_failed_save_leaves_the_old_model(tmp_path: Path) -> None:
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        _replace_folder(folder, save)
+        replace_folder(folder, save)
     assert (folder / "a").read_text() == "old"
-    _replace_folder(folder, lambda target: shutil.copytree(folder, target) and None)
+    replace_folder(folder, lambda target: shutil.copytree(folder, target) and None)
     assert (folder / "a").read_text() == "old"
 
 
