@@ -139,7 +139,9 @@ def _members(path: Path) -> Iterator[tuple[TarMember, float]]:
             remedy="Download it again, or decompress it (gunzip) if it is compressed.",
         ) from error
     with tar:
-        while True:
+        # Python 3.10 fails if it is asked for the next member of a file without any.
+        has_members = tar.firstmember is not None  # type: ignore[attr-defined]
+        while has_members:
             try:
                 info = tar.next()
             except (OSError, tarfile.TarError, ValueError, OverflowError) as error:

@@ -197,8 +197,8 @@ class HuggingFaceTower(VisionTower):
         if not 1 <= abs(config.feature_layer) <= total:
             raise _no_such_layer(config)
         vision_config.num_hidden_layers = config.feature_layer % (total + 1)
-        if hasattr(vision_config, "vision_use_head"):
-            vision_config.vision_use_head = False
+        # SigLIP's pooling head; its configuration does not have the setting in every version of transformers.
+        vision_config.vision_use_head = False
         self.model = AutoModel.from_config(vision_config)
         # The final norm feeds the pooled output alone; kept, it would be a parameter that never gets a gradient.
         for module in list(self.model.modules()):

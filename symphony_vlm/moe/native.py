@@ -21,6 +21,7 @@ from symphony_vlm.moe.feed_forward import is_native_moe, layers_with_mlp
 from symphony_vlm.moe.installation import install_moe_
 from symphony_vlm.moe.proof import logits_of_probe, prove_equal
 from symphony_vlm.moe.recording import RoutingRecorder, sparse_layers
+from symphony_vlm.moe.token_graph import show_probabilities_
 
 __all__ = ["calibrate_expert_graphs_", "symphonize_"]
 
@@ -59,6 +60,7 @@ def symphonize_(model: PreTrainedModel, config: MoEConfig | None = None) -> Rout
     chosen = native if config.layers == "all" else [i for i in config.sparse_layers(len(layers)) if i in native]
     config = dataclasses.replace(config, layers=tuple(chosen))
 
+    show_probabilities_(model, config)
     before = logits_of_probe(model)
     recorder = install_moe_(model, config)
     if before.dtype == torch.float32:

@@ -32,6 +32,7 @@ __all__ = [
     "TokenGraph",
     "connect_token_graphs",
     "make_token_graph",
+    "show_probabilities_",
 ]
 
 
@@ -246,8 +247,17 @@ def connect_token_graphs(language_model: PreTrainedModel) -> None:
             )
         graph.cache_index = num_layers + n
         attention.register_forward_hook(graph.after_attention, with_kwargs=True)
-    wants_probabilities = any(isinstance(graph, AttentionGraph) for _, graph in graphs)
-    if wants_probabilities and language_model.config._attn_implementation == "sdpa":
+    for _, graph in graphs:
+        show_probabilities_(language_model, graph.config)
+
+
+def show_probabilities_(language_model: PreTrainedModel, config: MoEConfig) -> None:
+    """Lets attention give out its probabilities if token graphs are made of them.
+
+    A proof of equal logits switches before it asks the original: to some models (Gemma 2 with its soft cap, in older
+    transformers) the two implementations are not the same function.
+    """
+    if config.token_graph == "attention" and language_model.config._attn_implementation == "sdpa":
         language_model.set_attn_implementation("eager")
 
 

@@ -25,6 +25,7 @@ from symphony_vlm.moe.installation import expert_sizes, finish_installation_, la
 from symphony_vlm.moe.layer import SparseMoE
 from symphony_vlm.moe.proof import MAX_LOGIT_DIFFERENCE, logits_of_probe, prove_equal
 from symphony_vlm.moe.recording import RoutingRecorder, sparse_layers
+from symphony_vlm.moe.token_graph import show_probabilities_
 
 __all__ = ["MAX_LOGIT_DIFFERENCE", "check_dense", "fill_", "is_exact", "upcycle_"]
 
@@ -50,6 +51,7 @@ def upcycle_(model: PreTrainedModel, config: MoEConfig, *, seed: int = 0) -> Rou
         RuntimeError: the logits changed; the model is left upcycled for inspection.
     """
     check_dense(model, config)
+    show_probabilities_(getattr(model, "language_model", model), config)
     before = logits_of_probe(model)
     for place in placements(model, config):
         sparse = layer_from_dense(place, config)
