@@ -53,7 +53,7 @@ class _Setup:
 def cases(
     *, tiny: bool, device: torch.device, data: Path | None = None, image_folder: Path | None = None
 ) -> Iterator[Case]:
-    """16 conversations in an optimizer step, as in the recipe, 64, and LLaVA-1.5's 128.
+    """16 conversations in an optimizer step, as in the recipe, 64 and 128, each in one batch.
 
     Args:
         tiny: sizes for a test of the benchmark.
