@@ -24,6 +24,18 @@ from symphony_vlm.errors import InputError
 __all__ = ["Experts"]
 
 
+class _Cast:
+    """Experts with weights of another type, as autocast casts those of a linear layer; gradients reach the originals."""
+
+    def __init__(self, experts: Experts, dtype: torch.dtype) -> None:
+        self._experts = experts
+        for name, parameter in experts.named_parameters():
+            setattr(self, name, parameter.to(dtype))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._experts, name)
+
+
 class Experts(nn.Module):
     """E experts; a token's output is the weighted sum over its K experts. No token is ever dropped.
 
@@ -108,11 +120,16 @@ class Experts(nn.Module):
             InputError: the chosen implementation does not exist, or cannot compute experts of this shape.
         """
         name = self.implementation
+        autocast = torch.is_autocast_enabled(x_TD.device.type)
+        if autocast:
+            x_TD = x_TD.to(torch.get_autocast_dtype(x_TD.device.type))
         if name == "auto":
             name = "grouped_mm" if x_TD.is_cuda and self._fits_grouped_mm(x_TD) else "segments"
         if name == "segments":
             return self._segments(x_TD, weights_TK, indices_TK)
-        output_TO: Tensor = self._registered(name)(self, x_TD, indices_TK, weights_TK)
+        # Autocast knows none of the grouped products: it would leave them in the precision of the weights.
+        experts: Any = _Cast(self, x_TD.dtype) if autocast else self
+        output_TO: Tensor = self._registered(name)(experts, x_TD, indices_TK, weights_TK)
         return output_TO
 
     def _segments(self, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
