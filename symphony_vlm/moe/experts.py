@@ -25,7 +25,7 @@ __all__ = ["Experts"]
 
 
 class _Cast:
-    """Experts with weights of another type, as autocast casts those of a linear layer; gradients reach the originals."""
+    """Experts with weights of another type, as autocast casts a linear layer's; gradients reach the originals."""
 
     def __init__(self, experts: Experts, dtype: torch.dtype) -> None:
         self._experts = experts
