@@ -63,9 +63,9 @@ class ExpertShard:
 
     def gather(self, part: Tensor) -> Tensor:
         """The whole of which every owner has a part: ``[E / size, ...] -> [E, ...]``. All owners must call."""
-        whole = part.new_empty(len(part) * self.size, *part.shape[1:])
-        dist.all_gather_into_tensor(whole, part.detach().contiguous(), group=self.owners)
-        return whole
+        parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(self.size)]
+        dist.all_gather(parts, part.detach().contiguous(), group=self.owners)
+        return torch.cat(parts)
 
     def forward(
         self,
