@@ -26,8 +26,7 @@ __all__ = ["ExpertParallelTrainer"]
 class ExpertParallelTrainer(StageTrainer):
     """Trainer of a model whose experts `shard_experts_` has shared out; arguments as of `StageTrainer`.
 
-    Its checkpoints are those that `StageTrainer` writes: whole experts, and a whole optimizer state, whatever the number
-    of processes that share them.
+    Its checkpoints are those that `StageTrainer` writes: whole experts, and a whole optimizer state.
 
     Raises:
         InputError: an engine other than DistributedDataParallel is at work.

@@ -1,8 +1,8 @@
 """Processes that share experts out, and what they compute; started by ``test_expert_parallel.py`` as a script.
 
 The argument is a folder for the results. Two processes compute single layers and train models; four train one with two
-groups that hold the same experts; one trains each alone on the data of all: the oracle. The libraries are imported once,
-then the processes fork.
+groups that hold the same experts; one does each alone with the data of all: the oracle. The libraries are imported
+once, then the processes fork.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ SCENARIOS = {
     "shared expert": Scenario("ddp", settings={"shared_expert": True}),
     "images": Scenario("ddp", images=True),
     "images, all frozen but the projector": Scenario("ddp", images=True, checkpointing=True),
+    "images, the language model alone trains": Scenario("ddp", images=True),
 }
 
 
@@ -135,7 +136,24 @@ def compute_layers(rank: int) -> dict[str, Any]:
         reduce_expert_gradients_(layer)
         norm = clip_grad_norm_(layer, MAX_NORM)
         results["shared expert" if shared else "layer"] = result | {"norm": norm} | gradients(layer)
+    results |= sixteen_bits([tokens("uneven", rank)])
+    layer = make_layer("gated", "auto").requires_grad_(False)
+    shard_experts_(layer)
+    inputs = tokens("uneven", rank)
+    x_TD = inputs["x"].clone().requires_grad_(rank == 0)
+    (layer.experts(x_TD, inputs["weights"], inputs["indices"]) * inputs["direction"]).sum().backward()
+    results["only the first rank's tokens have a gradient"] = x_TD.grad
     return results
+
+
+def sixteen_bits(parts: list[dict[str, Tensor]]) -> dict[str, Any]:
+    layer = make_layer("gated", "auto").to(torch.bfloat16)
+    if dist.is_initialized():
+        shard_experts_(layer)
+    inputs = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+    inputs = {key: value.bfloat16() if key in ("x", "direction") else value for key, value in inputs.items()}
+    result = run_experts(layer, inputs)
+    return {"bfloat16": result | gradients(layer)}
 
 
 def compute_layers_alone() -> dict[str, Any]:
@@ -160,6 +178,7 @@ def compute_layers_alone() -> dict[str, Any]:
                 layer = make_layer(form, able)
                 result = run_experts(layer, both(routing))
                 results[f"{form}/{implementation}/{routing}"] = result | gradients(halve(layer))
+    results |= sixteen_bits([tokens("uneven", rank) for rank in range(2)])
     for shared in (False, True):
         layer = make_layer("gated", "auto", shared=shared)
         result = run_layer(layer, both("uneven"))
@@ -169,9 +188,11 @@ def compute_layers_alone() -> dict[str, Any]:
 
 
 def freeze(model: nn.Module, name: str) -> None:
-    if "frozen" in name:
-        for key, parameter in model.named_parameters():
+    for key, parameter in model.named_parameters():
+        if "frozen" in name:
             parameter.requires_grad_(key.startswith("projector.") and ".experts." not in key)
+        if "alone" in name:
+            parameter.requires_grad_(key.startswith("language_model."))
 
 
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:

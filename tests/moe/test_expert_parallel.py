@@ -24,6 +24,7 @@ IMPLEMENTATIONS = ["segments", "grouped_mm", "batched_mm"]
 ROUTINGS = ["even", "uneven", "one expert", "the second rank's experts"]
 ROUTINGS += ["no token on the second rank", "no token at all"]
 SCENARIOS = ["symphony", "checkpointing", "native", "shared expert", "images", "images, all frozen but the projector"]
+SCENARIOS += ["images, the language model alone trains"]
 PER_TOKEN = ("output", "x", "weights")
 
 
@@ -87,6 +88,26 @@ def test_a_whole_layer_and_its_clipped_gradients_equal_those_of_one_process(
     assert float(torch.stack([gradient.norm() for gradient in kept]).norm()) == pytest.approx(0.5, rel=1e-4)
 
 
+def test_sixteen_bits_travel_as_they_are(runs: dict[int, list[dict[str, Any]]]) -> None:
+    alone = runs[1][0]["layers"]["bfloat16"]
+    ranks = [run["layers"]["bfloat16"] for run in runs[2]]
+    for key, expected in alone.items():
+        ours = torch.cat([rank[key] for rank in ranks]) if key in PER_TOKEN else ranks[0][key]
+        assert ours.dtype == expected.dtype == (torch.float32 if key == "weights" else torch.bfloat16)
+        # A value may be rounded the other way, by 2^-8 of its size, where products are added in another order.
+        assert (ours.float() - expected.float()).abs().max() <= 2**-7 * expected.float().abs().max(), key
+
+
+def test_a_rank_whose_tokens_carry_no_gradient_still_returns_those_of_the_others(
+    runs: dict[int, list[dict[str, Any]]],
+) -> None:
+    """Otherwise the first rank would wait for it in the backward pass for ever."""
+    first, second = (run["layers"]["only the first rank's tokens have a gradient"] for run in runs[2])
+    expected = runs[1][0]["layers"]["gated/segments/uneven"]["x"][: len(first)]
+    assert second is None
+    torch.testing.assert_close(first, expected, atol=2e-6, rtol=0)
+
+
 def check_training(ranks: list[list[dict[str, Any]]], alone: list[dict[str, Any]]) -> None:
     """Every rank at every step against the oracle: losses, norms, graphs, weights."""
     for states in zip(*ranks, strict=True):
@@ -118,10 +139,10 @@ def test_training_is_that_of_one_process(runs: dict[int, list[dict[str, Any]]], 
     first, last = alone[0]["whole"], alone[-1]["whole"]
     moved = {key: (last[key] - first[key]).abs() for key in first if first[key].is_floating_point()}
     assert max(float(way.max()) for way in moved.values()) > 1e-2
-    if "frozen" not in name:
+    if "frozen" not in name and "alone" not in name:
         for key, way in moved.items():
             if ".experts." in key:
-                assert (way.flatten(1).amax(1) > 1e-3).all(), key
+                assert (way.flatten(1).amax(1) > 1e-4).all(), key
         assert all(float(state["norm"]) > 0.5 for state in alone), "clipping acts"
 
 
