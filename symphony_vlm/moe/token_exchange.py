@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["ExpertShard", "combine"]
+__all__ = ["ExpertShard", "combine", "compute_rows"]
 
 
 def combine(results_NO: Tensor, weights_TK: Tensor, order_N: Tensor, dtype: torch.dtype) -> Tensor:
@@ -105,12 +105,12 @@ class ExpertShard:
         rows_MD: Tensor = _AllToAll.apply(rows_ND, send, receive, self.owners)
         expert_M = torch.arange(num_experts // self.size, device=x_TD.device).repeat(self.size)
         expert_M = expert_M.repeat_interleave(received_E, output_size=sum(receive))
-        results_MO = _compute(experts, rows_MD, expert_M)
+        results_MO = compute_rows(experts, rows_MD, expert_M)
         results_NO: Tensor = _AllToAll.apply(results_MO, receive, send, self.owners)
         return combine(results_NO, weights_TK, order_N, x_TD.dtype)
 
 
-def _compute(experts: Callable[[Tensor, Tensor, Tensor], Tensor], rows_MD: Tensor, expert_M: Tensor) -> Tensor:
+def compute_rows(experts: Callable[[Tensor, Tensor, Tensor], Tensor], rows_MD: Tensor, expert_M: Tensor) -> Tensor:
     """Each row by its one expert, unweighted. Weights are applied where the token came from, in fp32."""
     if len(rows_MD):
         return experts(rows_MD, torch.ones_like(expert_M, dtype=torch.float32)[:, None], expert_M[:, None])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import multiprocessing
 import os
+import re
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -300,6 +301,17 @@ def save_and_copy(rank: int, folder: Path) -> dict[str, Any]:
     return {"before": before, "after": clone(model.state_dict()), "logits": [logits, of_copy, again]}
 
 
+def run_document(folder: Path) -> None:
+    """The training loop of docs/expert-parallel.md."""
+    document = (Path(__file__).parents[2] / "docs" / "expert-parallel.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", document, flags=re.DOTALL)
+    ids = make_ids(2, 9, seed=dist.get_rank())
+    names = {"sv": sv, "torch": torch, "DistributedDataParallel": DistributedDataParallel}
+    batches = [{"input_ids": ids, "labels": ids}] * 2
+    os.chdir(folder)
+    exec(block, names | {"language_model": make_model(SCENARIOS["symphony"]), "batches": batches})
+
+
 def refusals() -> dict[str, str]:
     """Messages by what is refused."""
 
@@ -360,6 +372,7 @@ def run_rank(folder: Path, rank: int, world_size: int) -> None:
         results["layers"] = compute_layers(rank)
         results["refusals"] = refusals()
         results["saved"] = save_and_copy(rank, folder)
+        run_document(folder)
         results["training"] = {}
         for name in SCENARIOS:
             (folder / name).mkdir(exist_ok=True)

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 import symphony_vlm as sv
 from symphony_vlm.errors import InputError
 from symphony_vlm.moe.expert_parallel import shard_experts_
+from symphony_vlm.moe.experts import Experts
+from symphony_vlm.moe.token_exchange import compute_rows
 
 WORKER = Path(__file__).with_name("expert_parallel_worker.py")
 STEPS, SAVED = 5, 3
@@ -191,6 +193,33 @@ def test_a_saved_model_is_an_ordinary_one(folder: Path, runs: dict[int, list[dic
     state = model.state_dict()
     for key, weight in saved[0]["before"].items():
         assert any(name.endswith(key) and weight.equal(value) for name, value in state.items()), key
+
+
+def test_the_documented_loop_trains_and_saves_an_ordinary_model(folder: Path) -> None:
+    trained, before = (sv.load_language_model(folder / name).state_dict() for name in ("sparse", "model"))
+    assert trained.keys() == before.keys()
+    for key, weight in trained.items():
+        assert weight.shape == before[key].shape
+        if ".experts." in key:  # all of them have learnt
+            assert ((weight - before[key]).abs().flatten(1).amax(1) > 1e-5).all()
+
+
+def test_an_implementation_never_has_to_compute_nothing() -> None:
+    """Of transformers', some may not; the experts still get gradients, of zero."""
+    experts = Experts(2, 8, 8, "silu")
+    experts.reset(0.1)
+    seen = []
+
+    def compute(x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
+        seen.append(len(x_TD))
+        return experts(x_TD, weights_TK, indices_TK)
+
+    rows_MD = torch.empty(0, 8, requires_grad=True)
+    results_MO = compute_rows(compute, rows_MD, torch.empty(0, dtype=torch.long))
+    assert results_MO.shape == (0, 8) and seen == [1]
+    results_MO.sum().backward()
+    assert all(weight.grad is not None and not weight.grad.any() for weight in experts.parameters())
+    assert rows_MD.grad is not None and rows_MD.grad.shape == (0, 8)
 
 
 @pytest.mark.parametrize(

@@ -59,9 +59,9 @@ def test_a_stage_with_shared_out_experts_is_the_stage_without(
     assert [entry.keys() for entry in plain] == [entry.keys() for entry in shared_out]
     assert any("eval_loss" in entry for entry in plain)
     for entry, expected in zip(shared_out, plain, strict=True):
-        # AdamW's step has the size of the rate, 1e-3, even where a gradient is next to nothing but rounding.
+        # Differences of 2.4e-7 measured; AdamW can make more of a gradient that is next to nothing but rounding.
         numbers, expected_numbers = ({k: v for k, v in e.items() if k != "stage"} for e in (entry, expected))
-        assert numbers == pytest.approx(expected_numbers, rel=1e-3, abs=1e-4)
+        assert numbers == pytest.approx(expected_numbers, rel=1e-4, abs=1e-5)
     losses = [entry["loss"] for entry in plain if "loss" in entry]
     assert len(losses) == SETTINGS["max_steps"] and abs(losses[-1] - losses[0]) > 0.01
 
@@ -73,7 +73,7 @@ def test_a_stage_with_shared_out_experts_is_the_stage_without(
     for key, weight in weights.items():
         assert weight.equal(continued[key]), key
         assert weight.shape == expected[key].shape
-        assert float((weight - expected[key]).abs().float().mean()) < 2e-5, key
+        assert float((weight - expected[key]).abs().float().mean()) < 2e-6, key  # 8.5e-8 measured
 
 
 def test_a_single_process_cannot_share_experts_out(
