@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import DistributedType
 from torch import Tensor, nn
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
@@ -35,7 +34,7 @@ class ExpertParallelTrainer(StageTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         engine = self.accelerator.distributed_type
-        if engine not in (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        if not engine.value.startswith("MULTI_"):
             raise InputError(
                 f"experts are shared out beside DistributedDataParallel alone, not {engine.value}",
                 where="stage.expert_parallel_size",

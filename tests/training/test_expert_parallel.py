@@ -14,9 +14,12 @@ import pytest
 from pydantic import ValidationError
 from rich.console import Console
 from safetensors.torch import load_file
+from torch import nn
+from transformers import TrainingArguments
 
 from symphony_vlm.config.recipe import Recipe
 from symphony_vlm.errors import InputError
+from symphony_vlm.training.expert_parallel import ExpertParallelTrainer
 from symphony_vlm.training.run import train
 
 WORKER = Path(__file__).with_name("sampling_worker.py")
@@ -81,6 +84,13 @@ def test_a_single_process_cannot_share_experts_out(
 ) -> None:
     with pytest.raises(InputError, match="no process group has been initialised.*torchrun"):
         train(only_stage("instruct", expert_parallel_size=2, **SETTINGS), tmp_path / "run", console=quiet)
+
+
+def test_an_engine_other_than_data_parallelism_is_refused(tmp_path: Path) -> None:
+    """Here there is none at all; FSDP and DeepSpeed would take one process's experts for another's."""
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    with pytest.raises(InputError, match="beside DistributedDataParallel alone, not NO. Set it to 1, or train with"):
+        ExpertParallelTrainer(model=nn.Linear(2, 2), args=arguments, rates={"": 1e-3})
 
 
 def test_experts_are_shared_out_where_there_are_experts(only_stage: Callable[..., Recipe]) -> None:
