@@ -240,6 +240,9 @@ class StageConfig(_Schema):
     group_by: Literal["none", "length", "modality_length"] = "none"
     """How batches are composed. none: at random. length: of samples of nearly equal length. modality_length: of samples
     that all have an image or all have none, with nearly as many tokens in each process (LLaVA-1.5)."""
+    expert_parallel_size: int = Field(default=1, gt=0)
+    """Processes that share the experts of every sparse layer out among them (docs/expert-parallel.md). Multimodal
+    stages with DistributedDataParallel only."""
     bf16: bool = False
     gradient_checkpointing: bool = False
     dataloader_workers: int = Field(default=0, ge=0)
@@ -266,6 +269,8 @@ class StageConfig(_Schema):
             raise ValueError("'independent_turns' belongs to multimodal stages")
         if self.kind != "multimodal" and (self.packing or self.group_by != "none"):
             raise ValueError("'packing' and 'group_by' belong to multimodal stages")
+        if self.kind != "multimodal" and self.expert_parallel_size > 1:
+            raise ValueError("'expert_parallel_size' belongs to multimodal stages")
         if self.cache_features and (self.kind != "multimodal" or any(n.startswith("vision_tower") for n in self.train)):
             raise ValueError("'cache_features' needs a multimodal stage in which the vision tower is frozen")
         if self.packing and self.group_by != "none":

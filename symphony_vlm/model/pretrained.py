@@ -13,6 +13,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from symphony_vlm.errors import InputError
 from symphony_vlm.model.loss import only_supervised_logits, targets_of, training_loss
+from symphony_vlm.moe.expert_parallel import refuse_shards
 from symphony_vlm.moe.recording import RoutingRecorder, sparse_layers
 
 __all__ = ["SymphonyOutput", "SymphonyPreTrainedModel"]
@@ -111,7 +112,12 @@ class SymphonyPreTrainedModel(PreTrainedModel):
 
         The library's "original format" takes the stacked experts of a Mixtral apart, and its Trainer cannot put them
         together again when it resumes.
+
+        Raises:
+            InputError: the experts are shared out over ranks, and no whole `state_dict` is given.
         """
+        if kwargs.get("state_dict") is None:
+            refuse_shards(self)
         super().save_pretrained(*args, **kwargs | {"save_original_format": False})
 
     @classmethod

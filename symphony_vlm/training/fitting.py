@@ -25,9 +25,11 @@ from symphony_vlm.config.recipe import Recipe, StageConfig
 from symphony_vlm.data.grouping import EpochSampler
 from symphony_vlm.data.placeholders import PaddedDataset
 from symphony_vlm.errors import InputError
+from symphony_vlm.moe.expert_parallel import shard_experts_, unshard_experts_
 from symphony_vlm.training.batches import random_sampler
 from symphony_vlm.training.callbacks import CheckpointMark, JsonLog, ProgressDisplay
 from symphony_vlm.training.consumption import Consumption, TaggedCollator
+from symphony_vlm.training.expert_parallel import ExpertParallelTrainer
 from symphony_vlm.training.run_data import RunData
 from symphony_vlm.training.run_state import RunState, last_checkpoint
 from symphony_vlm.training.streamed import StreamedConversations
@@ -145,7 +147,12 @@ def make_trainer(
         ignore_data_skip=streaming,
         use_cpu=not torch.cuda.is_available(),
     )
-    trainer = StageTrainer(
+    trainer_class = StageTrainer
+    if stage.expert_parallel_size > 1:
+        # Before the optimizer is built, and before the model goes to its device, where all experts may have no place.
+        shard_experts_(model, stage.expert_parallel_size)
+        trainer_class = ExpertParallelTrainer
+    trainer = trainer_class(
         model=model,
         args=arguments,
         train_dataset=train,
@@ -188,6 +195,7 @@ def fit(trainer: StageTrainer, stage: StageConfig, context: RunContext) -> None:
         trainer._load_from_checkpoint(str(checkpoint))
     else:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    unshard_experts_(trainer.model)  # whoever saves the result finds all of it
     seconds = round(known.get("seconds", 0.0) + time.monotonic() - start, 1)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     context.state.set(stage.name, step=trainer.state.global_step, loss=losses[-1], seconds=seconds)
