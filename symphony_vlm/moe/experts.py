@@ -122,6 +122,8 @@ class Experts(nn.Module):
         Raises:
             InputError: the chosen implementation does not exist, or cannot compute experts of this shape.
         """
+        if torch.is_autocast_enabled(x_TD.device.type):
+            x_TD = x_TD.to(torch.get_autocast_dtype(x_TD.device.type))
         if self.shard is None:
             return self._compute(x_TD, weights_TK, indices_TK)
         total = self.num_experts * self.shard.size
@@ -129,15 +131,12 @@ class Experts(nn.Module):
 
     def _compute(self, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
         name = self.implementation
-        autocast = torch.is_autocast_enabled(x_TD.device.type)
-        if autocast:
-            x_TD = x_TD.to(torch.get_autocast_dtype(x_TD.device.type))
         if name == "auto":
             name = "grouped_mm" if x_TD.is_cuda and self._fits_grouped_mm(x_TD) else "segments"
         if name == "segments":
             return self._segments(x_TD, weights_TK, indices_TK)
         # Autocast knows none of the grouped products: it would leave them in the precision of the weights.
-        experts: Any = _Cast(self, x_TD.dtype) if autocast else self
+        experts: Any = _Cast(self, x_TD.dtype) if torch.is_autocast_enabled(x_TD.device.type) else self
         output_TO: Tensor = self._registered(name)(experts, x_TD, indices_TK, weights_TK)
         return output_TO
 
