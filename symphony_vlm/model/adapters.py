@@ -61,7 +61,14 @@ class Adapters:
 
     def record(self, folder: Path) -> dict[str, Any]:
         """What config.json says in ``adapter``."""
-        return {"lora": dataclasses.asdict(self.lora), "base": self.base.record(folder)}
+        values = {"lora": dataclasses.asdict(self.lora), "base": self.base.record(folder)}
+        return values | {"stacked": self.stacked}
+
+    @property
+    def stacked(self) -> list[str]:
+        """The expert weights that have adapters, outermost first. PEFT names their adapters by this nesting alone."""
+        wrappers = [m for m in self.tuner.model.modules() if hasattr(m, "parameter_name") and hasattr(m, "lora_A")]
+        return list(dict.fromkeys(wrapper.parameter_name for wrapper in wrappers))
 
 
 def add_adapters_(model: Any, lora: LoRA, base: BaseModel) -> None:
@@ -148,6 +155,13 @@ def attach_saved_(model: Any, folder: Path, record: dict[str, Any]) -> None:
         InputError: they do not fit the model.
     """
     add_adapters_(model, LoRA(**record["lora"]), BaseModel.at(find_base(record["base"], folder)))
+    if model.adapters.stacked != record["stacked"]:
+        raise InputError(
+            f"this version of peft nests the adapters of experts as {model.adapters.stacked}, "
+            f"the one that wrote them as {record['stacked']}",
+            where=str(folder),
+            remedy="Install the version of peft that they were trained with, and merge them.",
+        )
     saved = _saved_weights(folder)
     needed = model.state_dict()
     faults = {
