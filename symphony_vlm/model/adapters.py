@@ -33,6 +33,7 @@ __all__ = [
     "trained_weights",
 ]
 
+
 @dataclass(frozen=True, kw_only=True)
 class LoRA:
     """How a language model is adapted; the fields are the setting ``lora`` of a stage."""

@@ -49,7 +49,7 @@ def quantize_(model: Any, bits: str, compute_dtype: torch.dtype) -> None:
             new = layers.Linear4bit(**sizes, compute_dtype=compute_dtype, quant_type="nf4")
             new.weight = layers.Params4bit(linear.weight.data, quant_type="nf4", **frozen)
         else:
-            new = layers.Linear8bitLt(**sizes, has_fp16_weights=False)
+            new = layers.Linear8bitLt(**sizes, has_fp16_weights=False, threshold=6.0)
             new.weight = layers.Int8Params(linear.weight.data, has_fp16_weights=False, **frozen)
         new.bias = linear.bias
         model.language_model.set_submodule(name, new)

@@ -11,7 +11,7 @@ from symphony_vlm.errors import InputError
 __all__ = ["compile_layers_"]
 
 
-def compile_layers_(model: nn.Module, device: torch.device) -> None:
+def compile_layers_(model: nn.Module, device: torch.device, *, backend: str = "inductor") -> None:
     """Compiles the transformer layers of transformers' models inside a model, each when it first runs.
 
     Layer by layer, because all layers of a stack share what is compiled once, and because what the model does around
@@ -21,6 +21,7 @@ def compile_layers_(model: nn.Module, device: torch.device) -> None:
     Args:
         model: whose layers.
         device: where it will train.
+        backend: of torch.compile; ``eager`` takes the layers apart and compiles nothing.
 
     Raises:
         InputError: there are no such layers, or nothing can be compiled on this machine.
@@ -32,15 +33,15 @@ def compile_layers_(model: nn.Module, device: torch.device) -> None:
             where="stage.compile",
             remedy="Set compile: false.",
         )
-    _check_compiler(device)
+    _check_compiler(device, backend)
     for layer in layers:
-        layer.compile()
+        layer.compile(backend=backend)
 
 
-def _check_compiler(device: torch.device) -> None:
+def _check_compiler(device: torch.device, backend: str) -> None:
     """Compiles one addition: what may be missing (a C++ compiler, Triton, headers) differs by machine."""
     try:
-        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
+        torch.compile(lambda x: x + 1, backend=backend)(torch.zeros(8, device=device))
     except Exception as error:
         first = str(error).strip().splitlines()
         raise InputError(

@@ -107,7 +107,7 @@ class SampleLog(TrainerCallback):
         if state.is_world_process_zero:
             from torch.utils.tensorboard import SummaryWriter
 
-            cut_log(self._path, lambda entry: 0 < state.global_step and entry["step"] <= state.global_step)
+            cut_log(self._path, lambda entry: state.global_step > 0 and entry["step"] <= state.global_step)
             self._writer = SummaryWriter(str(self._tensorboard))
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from torch import Tensor, nn
 import symphony_vlm
 from symphony_vlm.config.recipe import Recipe
 from symphony_vlm.errors import InputError
+from symphony_vlm.training import fitting
 from symphony_vlm.training.averaging import WeightAverage, refuse_sharded
 from symphony_vlm.training.callbacks import ExpertGraphUpdate, JsonLog
+from symphony_vlm.training.compilation import compile_layers_
 from symphony_vlm.training.run import train
 from symphony_vlm.training.trainer import StageTrainer
 
@@ -61,7 +64,6 @@ def test_validation_and_samples_leave_no_trace_in_training(
     validated: Path, only_stage: Callable[..., Recipe], tmp_path: Path, quiet: Console
 ) -> None:
     """Losses, and the statistics of routers with the graphs' drift, are those of a run that never validates."""
-    data = {"validation_fraction": 0.0}
     recipe = only_stage("instruct", train=RATES, lora=LORA, max_steps=6)
     for name, settings in (("plain", {"validate_at_start": False}), ("early", {})):
         stage = recipe.stages[0].model_copy(update=settings)
@@ -72,7 +74,6 @@ def test_validation_and_samples_leave_no_trace_in_training(
     assert _lines(tmp_path / "plain/instruct/routing.jsonl") == _lines(validated / "instruct/routing.jsonl")
     assert sorted(_validation(tmp_path / "plain")) == [2, 4, 6]
     assert sorted(_validation(tmp_path / "early")) == sorted(_validation(validated)) == [0, 2, 4, 6]
-    del data
 
 
 def test_samples_are_held_out_questions_with_the_models_own_greedy_answers(validated: Path, tiny_run: Any) -> None:
@@ -195,24 +196,36 @@ def test_sharded_parameters_are_refused_by_name_of_the_setting() -> None:
 # Compiled layers.
 
 
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_layers_train_as_eager_ones_and_are_saved_alike(
-    only_stage: Callable[..., Recipe], tmp_path: Path, quiet: Console, monkeypatch: pytest.MonkeyPatch
+    only_stage: Callable[..., Recipe],
+    tmp_path: Path,
+    quiet: Console,
+    monkeypatch: pytest.MonkeyPatch,
+    backend: str,
 ) -> None:
-    """Fused kernels round otherwise, about 1e-7 relative a product; four steps of Adam at 1e-3 amplify that to 1e-5."""
+    """Fused kernels round otherwise, about 1e-7 relative a product; steps of Adam at 1e-3 amplify that to 1e-5.
+
+    The backend ``eager`` takes the layers apart as any other and then computes what stands there, to the bit.
+    """
+    monkeypatch.setattr(fitting, "compile_layers_", partial(compile_layers_, backend=backend))
     torch._dynamo.reset()
-    frames: list[str] = []
-    for name, on in (("eager", False), ("compiled", True)):
-        recipe = only_stage("instruct", max_steps=4, log_steps=1, compile=on, gradient_checkpointing=True)
+    torch._dynamo.utils.counters.clear()
+    for name, on in (("plain", False), ("compiled", True)):
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
+        recipe = only_stage("instruct", max_steps=2, log_steps=1, compile=on, gradient_checkpointing=True)
         train(recipe, tmp_path / name, console=quiet)
-        frames.append(str(torch._dynamo.utils.counters["stats"].get("unique_graphs", 0)))
-    assert frames[0] == "0" and frames[1] != "0", "nothing was compiled"
-    compiled, eager = ([loss for _, loss in _losses(tmp_path / name)] for name in ("compiled", "eager"))
-    assert compiled == pytest.approx(eager, rel=1e-5)
-    found, expected = _weights(tmp_path / "compiled"), _weights(tmp_path / "eager")
+    # One graph is the trial of the compiler; the sparse layers make several.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 3
+    compiled, plain = ([loss for _, loss in _losses(tmp_path / name)] for name in ("compiled", "plain"))
+    assert len(compiled) == 2
+    assert compiled == (plain if backend == "eager" else pytest.approx(plain, rel=1e-5))
+    found, expected = _weights(tmp_path / "compiled"), _weights(tmp_path / "plain")
     assert found.keys() == expected.keys()
-    graph = "language_model.model.layers.1.mlp.router.expert_graph."
-    assert int(found[f"{graph}num_updates"]) == 4
-    torch.testing.assert_close(found[f"{graph}adjacency_EE"], expected[f"{graph}adjacency_EE"], rtol=0, atol=1e-4)
+    graphs = [name for name in found if ".expert_graph." in name]
+    assert len(graphs) == 4
+    for name in graphs:
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=0 if backend == "eager" else 1e-4)
 
 
 def test_a_machine_that_cannot_compile_says_so_before_training(
