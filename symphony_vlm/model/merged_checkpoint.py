@@ -10,7 +10,6 @@ import torch
 from symphony_vlm.errors import InputError
 from symphony_vlm.model.adapters import merge_adapters_
 from symphony_vlm.model.loading import adapter_record, load, local_folder
-from symphony_vlm.model.processor import SymphonyVLMProcessor
 from symphony_vlm.model.vlm import SymphonyVLMForConditionalGeneration
 from symphony_vlm.moe.proof import logits_of_probe, prove_equal
 
@@ -53,7 +52,9 @@ def merge_checkpoint(name: str | Path, output: Path) -> float:
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         model.save_pretrained(temporary)
-        SymphonyVLMProcessor.from_pretrained(folder).save_pretrained(temporary)
+        for path in folder.iterdir():  # the processor, the record of training
+            if path.is_file() and ".safetensors" not in path.name and not (temporary / path.name).exists():
+                shutil.copy2(path, temporary / path.name)
         opened = load(temporary, device="cpu")
         for key, weight in model.state_dict().items():
             if not torch.equal(opened.state_dict()[key], weight):

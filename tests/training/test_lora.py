@@ -20,6 +20,7 @@ from symphony_vlm.cli import main
 from symphony_vlm.config.recipe import Recipe
 from symphony_vlm.errors import InputError
 from symphony_vlm.model.loading import adapter_record
+from symphony_vlm.model.merged_checkpoint import merge_checkpoint
 from symphony_vlm.model.vlm import SymphonyVLMForConditionalGeneration
 from symphony_vlm.moe.expert_graph import expert_graphs
 from symphony_vlm.moe.proof import MAX_LOGIT_DIFFERENCE, logits_of_probe
@@ -186,12 +187,29 @@ def test_the_merge_command_writes_a_whole_model_and_proves_it(
     assert 0 < summary["max_logit_difference"] < 1e-5
     assert adapter_record(output) is None
     assert torch.equal(_logits(output), _logits(adapted.folder))
-    names = {path.name for path in adapted.model.iterdir()} - {"training.json"}
-    assert {path.name for path in output.iterdir()} == names
+    assert {path.name for path in output.iterdir()} == {path.name for path in adapted.model.iterdir()}
     with pytest.raises(SystemExit) as stop:
         main(["merge", "--model", str(output), "--output", str(tmp_path / "again")])
     assert stop.value.code == 2
     assert "no adapters to merge" in capsys.readouterr().err
+
+
+def test_a_base_in_16_bits_has_adapters_in_32_and_stays_in_16(
+    tiny_run: Any, only_stage: Callable[..., Recipe], tmp_path: Path, quiet: Console
+) -> None:
+    model = symphony_vlm.load(tiny_run.folder, device="cpu", dtype="bfloat16")
+    assert model.processor is not None
+    for save in (model, model.processor):
+        save.save_pretrained(tmp_path / "base")
+    values = only_stage("instruct", start=None, upcycle=False, train=RATES, lora=LORA, max_steps=2).model_dump()
+    values["model"]["start"] = str(tmp_path / "base")
+    train(Recipe.model_validate(values), tmp_path / "run", console=quiet)
+    saved = load_file(tmp_path / "run" / "instruct" / "model" / "model.safetensors")
+    assert {value.dtype for name, value in saved.items() if ".lora_" in name} == {torch.float32}
+    assert merge_checkpoint(tmp_path / "run", tmp_path / "merged") < 1e-5
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    kept = {name for name, value in merged.items() if value.dtype == torch.float32}
+    assert kept and all(".router." in name for name in kept)
 
 
 def test_upcycling_a_folder_of_adapters_names_the_merge_command(adapted: AdaptedRun, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,12 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import symphony_vlm
-from symphony_vlm.config.recipe import Recipe
+from symphony_vlm.config.lora import LoRAConfig
+from symphony_vlm.config.reading import numeric
+from symphony_vlm.config.recipe import Recipe, StageConfig
 from symphony_vlm.errors import InputError
 from symphony_vlm.training import fitting
 from symphony_vlm.training.averaging import WeightAverage, refuse_sharded
@@ -256,3 +260,11 @@ def test_a_checkpoint_that_lacks_a_trained_weight_is_an_error_and_not_a_warning(
     trainer._issue_warnings_after_load(model.load_state_dict({"weight": torch.ones(2, 2)}, strict=False))
     with pytest.raises(InputError, match=r"1 weights missing, 0 unexpected \(weight\)"):
         trainer._issue_warnings_after_load(model.load_state_dict({}, strict=False))
+
+
+def test_the_stages_in_the_document_are_valid() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
+    blocks = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
+    assert len(blocks) == 6
+    settings = [StageConfig.model_validate(numeric(stage)) for block in blocks for stage in yaml.safe_load(block)]
+    assert settings[1].lora == LoRAConfig(), "the defaults are said to be these"
