@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from symphony_vlm.config.lora import LoRAConfig
 from symphony_vlm.data.images import MAX_PIXELS
 from symphony_vlm.text import nearest
 
@@ -210,6 +211,9 @@ class StageConfig(_Schema):
     train: dict[str, float] = Field(default_factory=dict)
     """Peak learning rate by module (``vision_tower``, ``projector``, ``language_model``, or a longer prefix of
     parameter names, the longest match wins); what is not named is frozen."""
+    lora: LoRAConfig | None = None
+    """Adapters on the language model instead of training its weights. The rates of `train` then hold for its adapters
+    and routers; other modules train in full."""
     upcycle: bool = False
     """Whether the dense language model becomes a mixture of experts before this stage."""
     template: str | None = None
@@ -245,6 +249,14 @@ class StageConfig(_Schema):
     stages with DistributedDataParallel only."""
     bf16: bool = False
     gradient_checkpointing: bool = False
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    """Keeps a moving average of what trains, in fp32, and validates and saves that instead of the last weights."""
+    compile: bool = False
+    """Whether torch.compile compiles the layers. It pays on a GPU with batches of nearly equal length."""
+    validate_at_start: bool = True
+    """Whether the validation loss is measured before the first step too."""
+    sample_generations: int = Field(default=0, ge=0, le=64)
+    """How many held-out questions are answered at each validation; see ``samples.jsonl`` in the stage's folder."""
     dataloader_workers: int = Field(default=0, ge=0)
     log_steps: int = Field(default=10, gt=0)
     save_fraction: float = Field(default=0.2, gt=0, le=1)
@@ -275,6 +287,10 @@ class StageConfig(_Schema):
             raise ValueError("'cache_features' needs a multimodal stage in which the vision tower is frozen")
         if self.packing and self.group_by != "none":
             raise ValueError(f"'packing' makes rows of equal length; 'group_by: {self.group_by}' has nothing to group")
+        if self.kind != "multimodal" and (self.lora is not None or self.sample_generations):
+            raise ValueError("'lora' and 'sample_generations' belong to multimodal stages")
+        if self.lora is not None and not any(name.split(".")[0] == "language_model" for name in self.train):
+            raise ValueError("'lora' adapts the language model; give it a learning rate in 'train'")
         if self.packing and self.independent_turns:
             raise ValueError("'packing' and 'independent_turns' exclude each other: set one of them to false")
         return self

@@ -25,11 +25,17 @@ __all__ = [
     "JsonLog",
     "ProgressDisplay",
     "RoutingLog",
+    "checkpoint_folder",
     "cut_log",
 ]
 
 COMPLETE_MARK = "COMPLETE"
 """File written into a checkpoint when all its other files are there. A kill while saving leaves none."""
+
+
+def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
+    """Where the checkpoint is that is being written, for callbacks that add to it in ``on_save``."""
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
 
 
 class ExpertGraphUpdate(TrainerCallback):
@@ -50,7 +56,7 @@ class CheckpointMark(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         PartialState().wait_for_everyone()  # each process writes its own random state
         if state.is_world_process_zero:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE_MARK).touch()
+            (checkpoint_folder(args, state) / COMPLETE_MARK).touch()
             self._saved(state.global_step)
 
 
@@ -69,7 +75,9 @@ class JsonLog(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero:
-            cut_log(self._path, lambda entry: entry["stage"] != self._stage or entry["step"] <= state.global_step)
+            # Of a stage that begins anew nothing stays, not even the validation before its first step.
+            last = state.global_step or -1
+            cut_log(self._path, lambda entry: entry["stage"] != self._stage or entry["step"] <= last)
 
     def on_log(
         self,
@@ -155,7 +163,7 @@ class RoutingLog(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero and self._entry:
-            write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / "routing.json", self._entry)
+            write_json(checkpoint_folder(args, state) / "routing.json", self._entry)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -26,8 +26,10 @@ from symphony_vlm.data.grouping import EpochSampler
 from symphony_vlm.data.placeholders import PaddedDataset
 from symphony_vlm.errors import InputError
 from symphony_vlm.moe.expert_parallel import shard_experts_, unshard_experts_
+from symphony_vlm.training.averaging import WeightAverage
 from symphony_vlm.training.batches import random_sampler
 from symphony_vlm.training.callbacks import CheckpointMark, JsonLog, ProgressDisplay
+from symphony_vlm.training.compilation import compile_layers_
 from symphony_vlm.training.consumption import Consumption, TaggedCollator
 from symphony_vlm.training.expert_parallel import ExpertParallelTrainer
 from symphony_vlm.training.run_data import RunData
@@ -130,6 +132,7 @@ def make_trainer(
         logging_nan_inf_filter=False,
         eval_strategy="steps" if has_validation else "no",
         eval_steps=save_steps,
+        eval_on_start=has_validation and stage.validate_at_start,
         save_strategy="steps",
         save_steps=save_steps,
         save_total_limit=2,
@@ -152,6 +155,7 @@ def make_trainer(
         # Before the optimizer is built, and before the model goes to its device, where all experts may have no place.
         shard_experts_(model, stage.expert_parallel_size)
         trainer_class = ExpertParallelTrainer
+    average = None if stage.ema_decay is None else WeightAverage(stage.ema_decay)
     trainer = trainer_class(
         model=model,
         args=arguments,
@@ -161,8 +165,10 @@ def make_trainer(
         rates=rates,
         consumption=consumption,
         sampler=sampler,
+        average=average,
         callbacks=[
             *callbacks,
+            *([] if average is None else [average]),
             consumption,
             JsonLog(context.folder / "log.jsonl", stage.name),
             CheckpointMark(
@@ -173,6 +179,8 @@ def make_trainer(
         ],
     )
     _drop_default_printer(trainer)
+    if stage.compile:
+        compile_layers_(model, arguments.device)
     saves = max(1, steps // save_steps)
     context.console.print(f"[bold]{stage.name}[/]: {steps} steps, a checkpoint every {save_steps} ({saves} planned)")
     return trainer
@@ -188,6 +196,10 @@ def fit(trainer: StageTrainer, stage: StageConfig, context: RunContext) -> None:
         trainer.consumption.restore(checkpoint)
         if isinstance(trainer.train_dataset, StreamedConversations):
             trainer.train_dataset.start = trainer.consumption.position
+    if checkpoint:
+        trainer.args.eval_on_start = False  # the log has it already
+        if trainer.average is not None:
+            trainer.average.restore(checkpoint)
     start = time.monotonic()
     if checkpoint and _is_last(checkpoint):
         # Killed after the last step, before the model was saved. The Trainer would train one more step.
@@ -195,6 +207,8 @@ def fit(trainer: StageTrainer, stage: StageConfig, context: RunContext) -> None:
         trainer._load_from_checkpoint(str(checkpoint))
     else:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if trainer.average is not None:
+        trainer.average.apply_(trainer.model)
     unshard_experts_(trainer.model)  # whoever saves the result finds all of it
     seconds = round(known.get("seconds", 0.0) + time.monotonic() - start, 1)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,8 +17,10 @@ from symphony_vlm.data.grouping import EpochSampler
 from symphony_vlm.errors import InputError
 from symphony_vlm.moe.statistics import sum_over_processes
 from symphony_vlm.text import nearest
+from symphony_vlm.training.averaging import WeightAverage
 from symphony_vlm.training.consumption import NOTES, Consumption
 from symphony_vlm.training.streamed import StreamedConversations
+from symphony_vlm.training.validation import undisturbed
 
 __all__ = ["EpochOrder", "StageTrainer", "freeze_except", "parameter_groups"]
 
@@ -90,6 +93,7 @@ class StageTrainer(Trainer):
         rates: learning rate by module prefix; the empty prefix matches everything.
         sampler: the order of the training samples; None: at random.
         consumption: counts the records that are trained on.
+        average: of the weights, which validation then uses.
     """
 
     def __init__(
@@ -98,6 +102,7 @@ class StageTrainer(Trainer):
         rates: Mapping[str, float],
         sampler: EpochSampler | None = None,
         consumption: Consumption | None = None,
+        average: WeightAverage | None = None,
         **kwargs: Any,
     ) -> None:
         self.optimizer: torch.optim.Optimizer | None = None
@@ -107,6 +112,7 @@ class StageTrainer(Trainer):
         if sampler is not None:
             self.add_callback(EpochOrder(sampler))
         self.consumption = consumption
+        self.average = average
         # By name the weighted sum and the sum of weights: a micro-batch without images has no losses of layers there.
         self._parts: dict[str, Tensor] = {}
 
@@ -167,6 +173,26 @@ class StageTrainer(Trainer):
                 new = torch.stack([share * value, torch.as_tensor(share, device=value.device, dtype=value.dtype)])
                 self._parts[name] = self._parts[name] + new if name in self._parts else new
         return (loss, outputs) if return_outputs else loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Loss on the validation data. What trains is afterwards as it was, random states included."""
+        average = nullcontext() if self.average is None else self.average.in_place(self.model)
+        with undisturbed(self.model), average:
+            metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+        return metrics
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """A checkpoint has every weight, or with adapters every one that trains; the Trainer would only warn."""
+        needed = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        missing = [name for name in load_result.missing_keys if name in needed]
+        if missing or load_result.unexpected_keys:
+            names = ", ".join([*missing, *load_result.unexpected_keys][:3])
+            raise InputError(
+                f"the checkpoint does not fit the model: {len(missing)} weights missing, "
+                f"{len(load_result.unexpected_keys)} unexpected ({names})",
+                where=str(self.args.output_dir),
+                remedy="Give another --output to begin anew.",
+            )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means of the loss parts since the last log."""
