@@ -241,8 +241,8 @@ PEAKS = (
     ("RTX 4090", 165.2, 82.6, 82.6),
     ("RTX 3090", 71, 35.6, 35.6),
 )
-"""Parts of a GPU's name, the first that fits counts; TFLOP/s of dense products in bf16 (summed in fp32), in TF32, and in
-fp32 proper. From NVIDIA's data sheets, whose figures with sparsity are twice as high."""
+"""Parts of a GPU's name, the first that fits counts; TFLOP/s of dense products in bf16 (summed in fp32), in TF32, and
+in fp32 proper. From NVIDIA's data sheets, whose figures with sparsity are twice as high."""
 
 
 def peak_tflops(device_name: str, *, bf16: bool, tf32: bool = False) -> float | None:
