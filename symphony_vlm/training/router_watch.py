@@ -21,8 +21,8 @@ from symphony_vlm.training.stage_warnings import StageWarnings
 __all__ = ["LayerRouting", "RouterWatch", "collapse_threshold"]
 
 EXPECTED_TOKENS = 20
-"""An expert is dead only if at an even load it would have seen so many tokens: by chance alone it then has none in
-one of e^20 cases."""
+"""Routers are judged by intervals in which an expert sees so many tokens at an even load: by chance alone it then has
+none in one of e^20 cases."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +140,8 @@ class RouterWatch(TrainerCallback):
             name=layer.router.layer_name,
             shares=shares,
             entropy=found["gate_entropy"] / math.log(num_experts) if num_experts > 1 else 1.0,
-            is_collapsed=max(shares) > collapse_threshold(self._config.collapse_share, num_experts, num_chosen),
+            is_collapsed=found["tokens"] >= _enough_tokens(layer)
+            and max(shares) > collapse_threshold(self._config.collapse_share, num_experts, num_chosen),
             drift=drift,
             edge=edge,
         )
@@ -170,8 +171,12 @@ class RouterWatch(TrainerCallback):
         for expert, share in enumerate(routing.shares):
             idle[expert] = 0 if share else idle[expert] + steps
             seen[expert] = 0 if share else seen[expert] + tokens
-        enough = EXPECTED_TOKENS * num_experts / layer.router.config.num_experts_per_tok
+        enough = _enough_tokens(layer)
         return [e for e in range(num_experts) if idle[e] >= self._config.dead_steps and seen[e] >= enough]
+
+
+def _enough_tokens(layer: SparseMoE) -> float:
+    return EXPECTED_TOKENS * layer.experts.num_experts / layer.router.config.num_experts_per_tok
 
 
 def _remedy(path: str, layer: SparseMoE) -> str:
