@@ -127,7 +127,7 @@ class ProgressDisplay(TrainerCallback):
         notes = Text("  ".join(self._notes()), no_wrap=True, overflow="ellipsis")
         bar = ProgressBar(total=max(1, self._total), completed=self._step)
         line = Table.grid(padding=(0, 2), expand=True)
-        head = [Text(self._stage, style="bold"), bar, f"{self._step}/{self._total}"]
+        head: list[Any] = [Text(self._stage, style="bold"), bar, f"{self._step}/{self._total}"]
         for index in range(len(head)):
             line.add_column(ratio=1 if index == 1 else None, no_wrap=True)
         tail = [notes] if width >= ONE_LINE else []

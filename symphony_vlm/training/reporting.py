@@ -81,6 +81,5 @@ class StageWandb(WandbCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Closes the run, so that the next stage has its own."""
         super().on_train_end(args, state, control, **kwargs)
-        if state.is_world_process_zero and self._initialized:
+        if state.is_world_process_zero:
             self._wandb.finish()
-            self._initialized = False
