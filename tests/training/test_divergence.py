@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -136,3 +140,33 @@ def test_warnings_are_repeated_after_a_while_and_taken_back_by_a_restart(tmp_pat
     again.give("collapsed_router", 21, "It has.", "Try.", layer="decoder layer 1")
     steps = [json.loads(line)["step"] for line in (tmp_path / "warnings.jsonl").read_text().splitlines()]
     assert steps == [1, 11, 21]
+
+
+def test_processes_agree_on_what_is_left_out_and_add_up_their_speeds(tmp_path: Path) -> None:
+    """One with a finite loss must do as the other does, or their weights would part."""
+    worker = Path(__file__).with_name("divergence_worker.py")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(worker), str(tmp_path)],
+            env=os.environ | places | {"RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=120) for process in processes]
+    first, second = (json.loads(out.splitlines()[-1]) for out, err in said if out or pytest.fail(err))
+    assert first == second
+    assert first["kept"] == [True, False, True, False, False] and first["stopped"] == 5
+    figures = first["figures"]
+    assert figures["padding_share"] == 1 - 300 / 800
+    # Both sums are over the same seconds; FLOPs are given by device.
+    assert figures["runtime/tokens_per_second"] == pytest.approx(100 * figures["runtime/samples_per_second"], rel=1e-4)
+    tflops = figures["runtime/tokens_per_second"] * 1e9 / 1e12 / 2
+    assert figures["runtime/model_tflops"] == pytest.approx(tflops, rel=1e-4) == figures["runtime/mfu"]
+    assert [entry["step"] for entry in map(json.loads, (tmp_path / "warnings.jsonl").open())] == [2, 4, 5]
