@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from symphony_vlm.config.lora import LoRAConfig
+from symphony_vlm.config.monitor import MonitorConfig
 from symphony_vlm.data.images import MAX_PIXELS
 from symphony_vlm.text import nearest
 
@@ -317,6 +318,8 @@ class Recipe(_Schema):
     model: ModelConfig
     data: DataConfig = DataConfig()
     stages: list[StageConfig] = Field(min_length=1)
+    monitor: MonitorConfig = MonitorConfig()
+    """Reports and warnings while training (``docs/monitoring.md``)."""
     evaluation: EvaluationConfig = EvaluationConfig()
 
     @model_validator(mode="after")

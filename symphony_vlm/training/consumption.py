@@ -20,6 +20,7 @@ from symphony_vlm.data.mixture import SampleList
 from symphony_vlm.data.streaming import SKIP_REMEDY
 from symphony_vlm.errors import InputError
 from symphony_vlm.files import write_json
+from symphony_vlm.training.batch_sizes import batch_sizes
 from symphony_vlm.training.callbacks import cut_log
 
 __all__ = ["NOTES", "Consumption", "SourcedConversations", "TaggedCollator"]
@@ -52,14 +53,15 @@ class TaggedCollator:
         self._collate = collate
 
     def __call__(self, items: Sequence[Any]) -> dict[str, Any]:
-        """The batch, and under `NOTES` the sources of its records, their faults, and the stream's position after it."""
+        """The batch, and under `NOTES` its records' sources and faults, the stream's position after it, its size."""
         records = [record for item in items for record in (item if isinstance(item, list) else [item])]
         notes = {
             "sources": [source for record in records for source in record.get("sources", [])],
             "faults": [record["fault"] for record in records if record.get("fault")],
             "position": max((record["position"] + 1 for record in records if "position" in record), default=0),
         }
-        return {**self._collate(items), NOTES: notes}
+        batch = self._collate(items)
+        return {**batch, NOTES: {**notes, "sizes": batch_sizes(records, batch)}}
 
 
 class Consumption(TrainerCallback):

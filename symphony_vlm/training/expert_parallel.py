@@ -41,7 +41,7 @@ class ExpertParallelTrainer(StageTrainer):
                 remedy="Set it to 1, or train with the engine ddp.",
             )
 
-    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+    def _clip(self, model: nn.Module) -> Tensor:
         reduce_expert_gradients_(self.model)
         return clip_grad_norm_(self.model, self.args.max_grad_norm)
 

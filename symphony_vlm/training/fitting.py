@@ -8,6 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,6 @@ from accelerate import PartialState
 from rich.console import Console
 from torch import nn
 from transformers import TrainerCallback, TrainerState, TrainingArguments
-from transformers.integrations import TensorBoardCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
 from symphony_vlm.config.recipe import Recipe, StageConfig
@@ -28,10 +28,12 @@ from symphony_vlm.errors import InputError
 from symphony_vlm.moe.expert_parallel import shard_experts_, unshard_experts_
 from symphony_vlm.training.averaging import WeightAverage
 from symphony_vlm.training.batches import random_sampler
-from symphony_vlm.training.callbacks import CheckpointMark, JsonLog, ProgressDisplay
+from symphony_vlm.training.callbacks import CheckpointMark, JsonLog
 from symphony_vlm.training.compilation import compile_layers_
 from symphony_vlm.training.consumption import Consumption, TaggedCollator
 from symphony_vlm.training.expert_parallel import ExpertParallelTrainer
+from symphony_vlm.training.monitor import StageMonitor
+from symphony_vlm.training.reporting import reporters
 from symphony_vlm.training.run_data import RunData
 from symphony_vlm.training.run_state import RunState, last_checkpoint
 from symphony_vlm.training.streamed import StreamedConversations
@@ -93,8 +95,6 @@ def make_trainer(
         labels: names of the samples' sources.
         pad_token_id: what a placeholder consists of.
     """
-    from torch.utils.tensorboard import SummaryWriter
-
     folder = context.folder / stage.name
     folder.mkdir(parents=True, exist_ok=True)
     has_validation = validation is not None and len(validation) > 0
@@ -109,6 +109,10 @@ def make_trainer(
             train = PaddedDataset(train, multiple=multiple, pad_token_id=pad_token_id)
             sampler = sampler.padded(len(train))
     report = partial(context.console.print, markup=False)
+    monitor = StageMonitor(
+        stage, context.recipe.monitor, model, folder, context.console,
+        last_saved=lambda: context.state.get(stage.name).get("step", 0),
+    )  # fmt: skip
     consumption = Consumption(labels, folder, on_bad_sample=context.recipe.data.on_bad_sample, report=report)
     # Checkpoints fall on log steps, so that a log line never spans an interruption.
     save_steps = max(1, round(stage.save_fraction * steps / stage.log_steps)) * stage.log_steps
@@ -166,16 +170,18 @@ def make_trainer(
         consumption=consumption,
         sampler=sampler,
         average=average,
+        monitor=monitor,
         callbacks=[
             *callbacks,
             *([] if average is None else [average]),
+            *monitor.callbacks,
             consumption,
             JsonLog(context.folder / "log.jsonl", stage.name),
             CheckpointMark(
                 lambda step: context.state.set(stage.name, step=step, records_seen=consumption.records_seen)
             ),
-            TensorBoardCallback(SummaryWriter(str(context.folder / "tensorboard" / stage.name))),
-            ProgressDisplay(context.console, stage.name),
+            *reporters(stage.name, context.recipe, context.folder, context.state),
+            monitor.display,
         ],
     )
     _drop_default_printer(trainer)
@@ -206,7 +212,8 @@ def fit(trainer: StageTrainer, stage: StageConfig, context: RunContext) -> None:
         trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         trainer._load_from_checkpoint(str(checkpoint))
     else:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with nullcontext() if trainer.monitor is None else trainer.monitor.shown():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.average is not None:
         trainer.average.apply_(trainer.model)
     unshard_experts_(trainer.model)  # whoever saves the result finds all of it

@@ -79,7 +79,9 @@ def _open(recipe: Recipe, output: Path, state: RunState, console: Console) -> Ru
     """Checks the recipe, opens the data and the tokenizer, and records where the result comes from."""
     from symphony_vlm.training.fitting import RunContext
     from symphony_vlm.training.parts import check_architectures, check_templates, open_tokenizer
+    from symphony_vlm.training.reporting import check_reporters
 
+    check_reporters(recipe.monitor)
     check_architectures(recipe.model)
     # Names and records may hold [/INST] and the like, which the console would take for markup.
     data = open_run_data(recipe, output, partial(console.print, markup=False))

@@ -148,7 +148,8 @@ def _run_multimodal(stage: StageConfig, context: RunContext) -> None:
     callbacks: list[TrainerCallback] = [ExpertGraphUpdate()]
     if model.routing is not None:
         # A folder of its own: TensorBoard follows one growing file per folder.
-        board = context.folder / "tensorboard" / stage.name / "routing"
+        reports = context.recipe.monitor.report_to
+        board = context.folder / "tensorboard" / stage.name / "routing" if "tensorboard" in reports else None
         callbacks.append(RoutingLog(context.folder / stage.name / "routing.jsonl", model.routing, tensorboard=board))
     if questions := held_out_questions(validation, stage.sample_generations):
         board = context.folder / "tensorboard" / stage.name / "samples"

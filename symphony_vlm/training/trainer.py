@@ -19,6 +19,7 @@ from symphony_vlm.moe.statistics import sum_over_processes
 from symphony_vlm.text import nearest
 from symphony_vlm.training.averaging import WeightAverage
 from symphony_vlm.training.consumption import NOTES, Consumption
+from symphony_vlm.training.monitor import StageMonitor
 from symphony_vlm.training.streamed import StreamedConversations
 from symphony_vlm.training.validation import undisturbed
 
@@ -94,6 +95,7 @@ class StageTrainer(Trainer):
         sampler: the order of the training samples; None: at random.
         consumption: counts the records that are trained on.
         average: of the weights, which validation then uses.
+        monitor: watches speed and finiteness.
     """
 
     def __init__(
@@ -103,6 +105,7 @@ class StageTrainer(Trainer):
         sampler: EpochSampler | None = None,
         consumption: Consumption | None = None,
         average: WeightAverage | None = None,
+        monitor: StageMonitor | None = None,
         **kwargs: Any,
     ) -> None:
         self.optimizer: torch.optim.Optimizer | None = None
@@ -113,6 +116,7 @@ class StageTrainer(Trainer):
             self.add_callback(EpochOrder(sampler))
         self.consumption = consumption
         self.average = average
+        self.monitor = monitor
         # By name the weighted sum and the sum of weights: a micro-batch without images has no losses of layers there.
         self._parts: dict[str, Tensor] = {}
 
@@ -147,7 +151,10 @@ class StageTrainer(Trainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
         """The micro-batches of a step. One of placeholders only has no supervised token; its share is 0 and not 0/0."""
-        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        with nullcontext() if self.monitor is None else self.monitor.throughput.loading():
+            batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.monitor is not None:
+            self.monitor.throughput.take([batch[NOTES]["sizes"] for batch in batches])
         if self.consumption is not None:
             self.consumption.take(batches, self.state.global_step + 1)
         return batches, num_items.clamp(min=1) if isinstance(num_items, Tensor) else num_items
@@ -164,8 +171,14 @@ class StageTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The model's own loss; its parts are added up for the log."""
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        watch = self.monitor.divergence if self.monitor is not None and model.training else None
+        with nullcontext() if watch is None else watch.forward(self.state.global_step + 1):
+            loss, outputs = super().compute_loss(
+                model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+            )
         parts = getattr(outputs, "loss_parts", None)
+        if watch is not None:
+            watch.note(loss, parts)
         if parts and model.training:
             # A micro-batch weighs in the parts as in the loss. Sums stay on the device; the log step reads them.
             share = _share_of_step(inputs["labels"], num_items_in_batch)
@@ -194,6 +207,16 @@ class StageTrainer(Trainer):
                 remedy="Give another --output to begin anew.",
             )
 
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """The last moment before the optimizer moves."""
+        norm = self._clip(model)
+        if self.monitor is not None:
+            self.monitor.divergence.check(model, norm, self.state.global_step + 1, is_taken=self.is_deepspeed_enabled)
+        return norm
+
+    def _clip(self, model: nn.Module) -> Any:
+        return super()._clip_grad_norm(model)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means of the loss parts since the last log."""
         if "loss" in logs:
@@ -205,7 +228,18 @@ class StageTrainer(Trainer):
                     logs[name] = round(float(total / weight), 6)
             if self.consumption is not None:
                 logs.update(self.consumption.log_entries())
+            logs.update(self._rates_by_module(logs.get("learning_rate")))
+            if self.monitor is not None:
+                logs.update(self.monitor.log_entries(self.state.global_step))
         if isinstance(self.train_dataset, StreamedConversations):
             # A stream has no epochs; the share of the steps done is the same after a restart.
             self.state.epoch = self.state.global_step / self.state.max_steps
         super().log(logs, start_time)
+
+    def _rates_by_module(self, rate: float | None) -> dict[str, float]:
+        """Learning rates now, where there are several; the schedule multiplies all by the same factor."""
+        if rate is None or len(self._rates) < 2 or self.optimizer is None:
+            return {}
+        group = self.optimizer.param_groups[0]
+        peak = group.get("initial_lr", group["lr"])
+        return {f"learning_rate/{name}": rate * own / peak for name, own in self._rates.items()} if peak else {}
