@@ -1,0 +1,148 @@
+"""SIGKILL at any moment, also while a checkpoint is written: the run that goes on ends with the same bits."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._pytree import tree_leaves
+
+from symphony_vlm.config.loading import load_recipe
+from symphony_vlm.config.recipe import Recipe
+
+WORKER = Path(__file__).with_name("kill_worker.py")
+MEASURED = ("runtime", "per_second")
+"""Parts of the names of log fields that are measured times, which no two runs share."""
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="process groups are killed by signal")
+
+
+def run_all(folder: Path, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    file = folder / "jobs.json"
+    file.write_text(json.dumps(jobs))
+    done = subprocess.run(
+        [sys.executable, str(WORKER), str(file)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=3000,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    reports: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    return reports
+
+
+def log(run: Path) -> list[dict[str, Any]]:
+    entries = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in entry.items() if not any(part in k for part in MEASURED)} for entry in entries]
+
+
+def state(run: Path) -> dict[str, Any]:
+    stages = json.loads((run / "state.json").read_text())["stages"]
+    return {name: {k: v for k, v in facts.items() if k != "seconds"} for name, facts in stages.items()}
+
+
+def assert_equal_runs(run: Path, reference: Path) -> None:
+    """Every file of models and logs byte for byte, and all that a restart would need, value by value."""
+    assert log(run) == log(reference)
+    assert state(run) == state(reference)
+    names = [path.relative_to(reference) for path in reference.rglob("*") if path.is_file()]
+    equal = [
+        n for n in names if n.suffix == ".safetensors" or n.name in ("routing.jsonl", "routing.json", "records.json")
+    ]
+    assert {name.name for name in equal} >= {"model.safetensors", "routing.jsonl", "routing.json", "records.json"}
+    assert [name for name in equal if (run / name).read_bytes() != (reference / name).read_bytes()] == []
+    saved = [name for name in names if name.suffix in (".pt", ".pth")]
+    assert {name.name.split("_")[0] for name in saved} >= {"optimizer.pt", "scheduler.pt", "rng"}
+    for name in saved:
+        assert_equal_values(run / name, reference / name)
+    assert not list(run.glob("*/.saving"))
+    assert not list(run.glob("*/.model.*"))
+
+
+def assert_equal_values(file: Path, reference: Path) -> None:
+    from transformers.trainer_pt_utils import safe_globals
+
+    with safe_globals():
+        found, expected = (tree_leaves(torch.load(path, weights_only=True)) for path in (file, reference))
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        # Arrays of numpy's random state too.
+        assert torch.equal(torch.as_tensor(a), torch.as_tensor(b)) if hasattr(a, "shape") else a == b, file
+
+
+@pytest.fixture(scope="module")
+def planned(only_stage: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """Short runs by folder and where their kills fell; one start of the worker, as its imports take the most time."""
+    folder = tmp_path_factory.mktemp("planned")
+    settings = {"max_steps": 8, "batch_size": 4, "log_steps": 2, "save_fraction": 0.25}
+    recipe = only_stage("instruct", **settings).model_dump(mode="json")
+    jobs: list[dict[str, Any]] = []
+    for processes in (1, 2):
+        kills = [
+            {"inside": "optimizer", "step": 2},
+            {"inside": "manifest", "step": 4},
+            {"inside": "renamed", "step": 6},
+            {"inside": "random_state", "step": 8, "rank": processes - 1},
+        ]
+        job = {"recipe": recipe, "processes": processes}
+        jobs += [{**job, "output": str(folder / f"whole{processes}"), "kills": []}]
+        jobs += [{**job, "output": str(folder / f"killed{processes}"), "kills": kills}]
+    jobs += [{**job, "output": str(folder / "full2"), "kills": [], "fails": 4}]
+    reports = run_all(folder, jobs)
+    return {job["output"]: report["fell"] for job, report in zip(jobs, reports, strict=True)}
+
+
+def folder_of(planned: dict[str, list[str]], name: str) -> Path:
+    return next(Path(folder) for folder in planned if Path(folder).name == name)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_kills_inside_checkpoint_writing_leave_no_trace(planned: dict[str, list[str]], processes: int) -> None:
+    killed = folder_of(planned, f"killed{processes}")
+    saving = "instruct: saving a checkpoint"
+    # In the third, the checkpoint was in its place already.
+    assert planned[str(killed)] == [saving, saving, "instruct", saving]
+    said = killed.with_suffix(".said").read_text()
+    assert re.findall(r"continuing after step (\d+)", said) == ["2", "6", "6"]
+    assert_equal_runs(killed, folder_of(planned, f"whole{processes}"))
+
+
+def test_a_process_that_cannot_write_its_part_does_not_keep_the_others_waiting(planned: dict[str, list[str]]) -> None:
+    full = folder_of(planned, "full2")
+    said = [line for line in full.with_suffix(".said").read_text().splitlines() if "could not be saved" in line]
+    assert len(said) == 1
+    assert "checkpoint-4 could not be saved (process 1: No space left on device): it takes about " in said[0]
+    assert "checkpoint-2 stays. Training goes on" in said[0]
+    names = {path.name for path in (full / "instruct").glob("*checkpoint-*")}
+    assert names == {"checkpoint-6", "checkpoint-8"}
+    assert log(full) == log(folder_of(planned, "whole2"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_twenty_kills_at_random_moments_leave_no_trace(tmp_path: Path, processes: int) -> None:
+    """In every stage, half of them while a checkpoint is written."""
+    recipe = load_recipe("tiny").model_dump(mode="json")
+    for stage, steps in zip(recipe["stages"], (12, 12, 16, 30), strict=True):
+        # A checkpoint at every log step.
+        stage.update(max_steps=steps, save_fraction=0.01)
+        stage["batch_size"] //= processes
+    job = {"recipe": recipe, "processes": processes}
+    jobs = [{**job, "output": str(tmp_path / "whole"), "kills": []}]
+    jobs += [{**job, "output": str(tmp_path / "killed"), "draw": {"number": 20, "seed": processes}}]
+    fell = run_all(tmp_path, jobs)[1]["fell"]
+    counts = {where: fell.count(where) for where in dict.fromkeys(fell)}
+    sys.stdout.write(f"{processes} processes: {counts}\n")
+    assert len(fell) == 20
+    assert sum("saving a checkpoint" in where for where in fell) >= 5
+    assert {where.partition(":")[0] for where in fell} >= {stage["name"] for stage in recipe["stages"]}
+    assert_equal_runs(tmp_path / "killed", tmp_path / "whole")
