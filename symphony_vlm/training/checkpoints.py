@@ -182,6 +182,5 @@ class Checkpoints:
         stays = f"checkpoint-{last} stays" if last else "there is none before it"
         return (
             f"{self.folder}: checkpoint-{step} could not be saved ({failure}): it takes about {size_text(size)}, and "
-            f"{size_text(free_bytes(self.folder))} are free; {stays}. {then} Free some space on that disk, or set "
-            "keep_checkpoints: 1."
+            f"{size_text(free_bytes(self.folder))} are free; {stays}. {then} Free some space on that disk."
         )

@@ -104,19 +104,28 @@ def progress(run: Path, stages: list[str]) -> tuple[int, int]:
     return (stages.index(entry["stage"]), entry["step"])
 
 
+def number_of(file: Path) -> int:
+    """Of the file's contents on disk; 0 if there are none."""
+    return file.stat().st_ino if file.is_file() else 0
+
+
 def files_being_saved(run: Path) -> int:
     """-1 when no checkpoint is being saved."""
     folders = list(run.glob("*/.saving/checkpoint-*"))
     return sum(1 for folder in folders for _ in folder.rglob("*")) if folders else -1
 
 
-def wait_for_the_moment(run: Path, stages: list[str], kill: dict[str, Any], group: Any) -> bool:
-    """False if the run ended before."""
-    point = (stages.index(kill["after"][0]), kill["after"][1])
-    while progress(run, stages) < point:
-        if not group.is_alive():
-            return False
-        time.sleep(0.002)
+def wait_for_the_moment(run: Path, stages: list[str], kill: dict[str, Any], group: Any, old_log: int) -> bool:
+    """False if the run ended before.
+
+    A start that trains replaces the log, if only by a copy of itself: before that, its last line says nothing about it.
+    """
+    if kill["after"] is not None:
+        point = (stages.index(kill["after"][0]), kill["after"][1])
+        while number_of(run / "log.jsonl") == old_log or progress(run, stages) < point:
+            if not group.is_alive():
+                return False
+            time.sleep(0.002)
     if "files" in kill:  # while saving, when so many files are there
         while files_being_saved(run) < kill["files"]:
             if not group.is_alive():
@@ -127,7 +136,8 @@ def wait_for_the_moment(run: Path, stages: list[str], kill: dict[str, Any], grou
 
 
 def where_it_fell(run: Path) -> str:
-    state = json.loads((run / "state.json").read_text())["stages"]
+    file = run / "state.json"
+    state = json.loads(file.read_text())["stages"] if file.is_file() else {}
     running = [name for name, values in state.items() if values.get("status") == "running"]
     stage = running[0] if running else "between stages"
     if files_being_saved(run) >= 0:
@@ -149,9 +159,10 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     stages = [stage["name"] for stage in job["recipe"]["stages"]]
     fell = []
     for kill in job["kills"]:
+        old_log = number_of(folder / "log.jsonl")
         group = start(job, kill)
         if "after" in kill:
-            if not wait_for_the_moment(folder, stages, kill, group):
+            if not wait_for_the_moment(folder, stages, kill, group, old_log):
                 raise SystemExit(f"{folder}: ended with {group.exitcode} before {kill}")
             os.killpg(group.pid, signal.SIGKILL)
         group.join(120)
@@ -166,14 +177,19 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def drawn_kills(recipe: dict[str, Any], number: int, seed: int) -> list[dict[str, Any]]:
-    """Moments in their order: every other one while a checkpoint is saved, the others at any time."""
+    """Moments in their order: every other one while a checkpoint is saved, some soon after a start, the others while
+    it trains."""
     drawn = random.Random(seed)
     # Past the end of the last stage nothing is left to kill.
     points = [(stage["name"], step) for stage in recipe["stages"] for step in range(stage["max_steps"] - 2)]
     kills: list[dict[str, Any]] = []
     for index, place in enumerate(sorted(drawn.sample(range(len(points)), number))):
-        kill: dict[str, Any] = {"after": points[place], "wait": drawn.uniform(0.0, 0.2)}
-        kills.append({**kill, "wait": 0.0, "files": drawn.randrange(12)} if index % 2 else kill)
+        if index % 2:
+            kills.append({"after": points[place], "wait": 0.0, "files": drawn.randrange(12)})
+        elif index % 8 == 4:
+            kills.append({"after": None, "wait": drawn.uniform(0.0, 2.0)})
+        else:
+            kills.append({"after": points[place], "wait": drawn.uniform(0.0, 0.1)})
     return kills
 
 
