@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +26,7 @@ def attempt(write: Callable[[], object]) -> str | None:
     except SafetensorError as error:
         if "I/O error" not in str(error):
             raise
-        return str(error).rpartition("I/O error: ")[2]
+        return re.sub(r" \(os error \d+\)$", "", str(error).rpartition("I/O error: ")[2])
     except RuntimeError as error:
         # torch.save has no error of its own; the text is the assertion of its zip writer.
         if "inline_container.cc" not in str(error) and "PytorchStreamWriter" not in str(error):

@@ -111,8 +111,11 @@ def number_of(file: Path) -> int:
 
 def files_being_saved(run: Path) -> int:
     """-1 when no checkpoint is being saved."""
-    folders = list(run.glob("*/.saving/checkpoint-*"))
-    return sum(1 for folder in folders for _ in folder.rglob("*")) if folders else -1
+    try:
+        folders = list(run.glob("*/.saving/checkpoint-*"))
+        return sum(1 for folder in folders for _ in folder.rglob("*")) if folders else -1
+    except FileNotFoundError:  # renamed while it was looked at
+        return -1
 
 
 def wait_for_the_moment(run: Path, stages: list[str], kill: dict[str, Any], group: Any, old_log: int) -> bool:
@@ -177,19 +180,22 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def drawn_kills(recipe: dict[str, Any], number: int, seed: int) -> list[dict[str, Any]]:
-    """Moments in their order: every other one while a checkpoint is saved, some soon after a start, the others while
-    it trains."""
+    """Moments in their order, equally many in each stage.
+
+    Every other one while a checkpoint is saved, some soon after a start, the others while it trains.
+    """
     drawn = random.Random(seed)
-    # Past the end of the last stage nothing is left to kill.
-    points = [(stage["name"], step) for stage in recipe["stages"] for step in range(stage["max_steps"] - 2)]
     kills: list[dict[str, Any]] = []
-    for index, place in enumerate(sorted(drawn.sample(range(len(points)), number))):
-        if index % 2:
-            kills.append({"after": points[place], "wait": 0.0, "files": drawn.randrange(12)})
-        elif index % 8 == 4:
-            kills.append({"after": None, "wait": drawn.uniform(0.0, 2.0)})
-        else:
-            kills.append({"after": points[place], "wait": drawn.uniform(0.0, 0.1)})
+    for stage in recipe["stages"]:
+        # At its end nothing may be left to kill.
+        for step in sorted(drawn.sample(range(stage["max_steps"] - 2), number // len(recipe["stages"]))):
+            if len(kills) % 2:
+                # Seven files are in the checkpoints of all stages.
+                kills.append({"after": (stage["name"], step), "wait": 0.0, "files": drawn.randrange(7)})
+            elif len(kills) % 8 == 4:
+                kills.append({"after": None, "wait": drawn.uniform(0.0, 2.0)})
+            else:
+                kills.append({"after": (stage["name"], step), "wait": drawn.uniform(0.0, 0.1)})
     return kills
 
 

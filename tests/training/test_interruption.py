@@ -174,7 +174,9 @@ def test_a_full_disk_costs_checkpoints_and_ends_the_run_at_the_model_which_a_res
     warnings = [line for line in said.getvalue().splitlines() if "could not be saved" in line]
     assert len(warnings) == 1
     size = sum(path.stat().st_size for path in (run / "instruct" / "checkpoint-4").iterdir())
-    assert f"checkpoint-8 could not be saved (File too large): it takes about {size_text(size)}, and " in warnings[0]
+    assert f"checkpoint-8 could not be saved (File too large): it takes about {size_text(size)}, and " in warnings[0], (
+        warnings[0]
+    )
     assert "checkpoint-4 stays. Training goes on" in warnings[0]
     assert str(error.value).startswith(f"{run / 'instruct' / 'model'}: the model could not be saved (File too large)")
     assert str(error.value).endswith("run the same command again: it continues from the last checkpoint.")

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch.utils._pytree import tree_leaves
 
 from symphony_vlm.config.loading import load_recipe
@@ -35,7 +38,8 @@ def run_all(folder: Path, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         text=True,
         timeout=3000,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    said = "\n".join(line for line in done.stderr.splitlines() if line and "it/s]" not in line)
+    assert done.returncode == 0, said[-3000:]
     reports: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
     return reports
 
@@ -146,3 +150,52 @@ def test_twenty_kills_at_random_moments_leave_no_trace(tmp_path: Path, processes
     assert sum("saving a checkpoint" in where for where in fell) >= 5
     assert {where.partition(":")[0] for where in fell} >= {stage["name"] for stage in recipe["stages"]}
     assert_equal_runs(tmp_path / "killed", tmp_path / "whole")
+
+
+def descendants(pid: int) -> list[int]:
+    """Of a process, itself first. torchrun gives its workers sessions of their own."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [pid, *(below for child in children for below in descendants(int(child)))]
+
+
+def last_step(run: Path) -> int:
+    path = run / "log.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    whole = [json.loads(line) for line in lines if line.endswith("\n")]
+    return whole[-1]["step"] if whole else 0
+
+
+@pytest.mark.slow
+def test_torchrun_is_killed_stopped_and_started_again(only_stage: Callable[..., Recipe], tmp_path: Path) -> None:
+    """SIGKILL to all of its processes, SIGTERM to itself alone, which it passes on."""
+    settings = {"max_steps": 40, "batch_size": 4, "log_steps": 2, "save_fraction": 0.05}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(only_stage("instruct", **settings).model_dump(mode="json")))
+    root = Path(__file__).resolve().parents[2]
+
+    def start(run: Path) -> subprocess.Popen[str]:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        command = [*launcher, "-m", "train.instruct", "--config", str(recipe), "--output", str(run)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        output = (tmp_path / f"{run.name}.said").open("a")
+        return subprocess.Popen(command, cwd=root, env=environment, stdout=output, stderr=output, text=True)
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for step, number in ((5, signal.SIGKILL), (13, signal.SIGTERM), (21, signal.SIGKILL), (31, signal.SIGKILL)):
+        process = start(killed)
+        give_up = time.monotonic() + 240
+        while last_step(killed) < step:
+            assert process.poll() is None, (tmp_path / "killed.said").read_text()[-3000:]
+            assert time.monotonic() < give_up
+            time.sleep(0.005)
+        for pid in descendants(process.pid) if number == signal.SIGKILL else [process.pid]:
+            os.kill(pid, number)
+        assert process.wait(timeout=120) != 0
+    said = (tmp_path / "killed.said").read_text()
+    stopped = re.findall(r"stopped by SIGTERM after step (\d+) of instruct; .* from step (\d+)", said)
+    assert len(stopped) >= 1
+    assert len({step for pair in stopped for step in pair}) == 1, "every process stopped after the same step"
+    for run in (killed, whole):
+        assert start(run).wait(timeout=240) == 0
+    found, expected = ((run / "instruct/model/model.safetensors").read_bytes() for run in (killed, whole))
+    assert found == expected
