@@ -89,18 +89,19 @@ def planned(only_stage: Callable[..., Recipe], tmp_path_factory: pytest.TempPath
     folder = tmp_path_factory.mktemp("planned")
     settings = {"max_steps": 8, "batch_size": 4, "log_steps": 2, "save_fraction": 0.25}
     recipe = only_stage("instruct", **settings).model_dump(mode="json")
-    jobs: list[dict[str, Any]] = []
-    for processes in (1, 2):
-        kills = [
-            {"inside": "optimizer", "step": 2},
-            {"inside": "manifest", "step": 4},
-            {"inside": "renamed", "step": 6},
-            {"inside": "random_state", "step": 8, "rank": processes - 1},
-        ]
-        job = {"recipe": recipe, "processes": processes}
-        jobs += [{**job, "output": str(folder / f"whole{processes}"), "kills": []}]
-        jobs += [{**job, "output": str(folder / f"killed{processes}"), "kills": kills}]
-    jobs += [{**job, "output": str(folder / "full2"), "kills": [], "fails": 4}]
+    one = {"recipe": recipe, "processes": 1}
+    kills = [
+        {"inside": "optimizer", "step": 2},
+        {"inside": "manifest", "step": 4},
+        {"inside": "renamed", "step": 6},
+    ]
+    jobs = [{**one, "output": str(folder / "whole1"), "kills": []}]
+    jobs += [{**one, "output": str(folder / "killed1"), "kills": kills}]
+    # The second process also fails to write its part of one checkpoint.
+    two = {"recipe": recipe, "processes": 2}
+    kills = [{"inside": "optimizer", "step": 2}, {"inside": "random_state", "step": 8, "rank": 1}]
+    jobs += [{**two, "output": str(folder / "whole2"), "kills": []}]
+    jobs += [{**two, "output": str(folder / "killed2"), "kills": kills, "fails": 4}]
     reports = run_all(folder, jobs)
     return {job["output"]: report["fell"] for job, report in zip(jobs, reports, strict=True)}
 
@@ -109,26 +110,25 @@ def folder_of(planned: dict[str, list[str]], name: str) -> Path:
     return next(Path(folder) for folder in planned if Path(folder).name == name)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_kills_inside_checkpoint_writing_leave_no_trace(planned: dict[str, list[str]], processes: int) -> None:
+@pytest.mark.parametrize(("processes", "starts"), [(1, ["2", "6"]), (2, ["6"])])
+def test_kills_inside_checkpoint_writing_leave_no_trace(
+    planned: dict[str, list[str]], processes: int, starts: list[str]
+) -> None:
     killed = folder_of(planned, f"killed{processes}")
     saving = "instruct: saving a checkpoint"
     # In the third, the checkpoint was in its place already.
-    assert planned[str(killed)] == [saving, saving, "instruct", saving]
+    assert planned[str(killed)] == {1: [saving, saving, "instruct"], 2: [saving, saving]}[processes]
     said = killed.with_suffix(".said").read_text()
-    assert re.findall(r"continuing after step (\d+)", said) == ["2", "6", "6"]
+    assert re.findall(r"continuing after step (\d+)", said) == starts
     assert_equal_runs(killed, folder_of(planned, f"whole{processes}"))
 
 
 def test_a_process_that_cannot_write_its_part_does_not_keep_the_others_waiting(planned: dict[str, list[str]]) -> None:
-    full = folder_of(planned, "full2")
-    said = [line for line in full.with_suffix(".said").read_text().splitlines() if "could not be saved" in line]
+    text = folder_of(planned, "killed2").with_suffix(".said").read_text()
+    said = [line for line in text.splitlines() if "could not be saved" in line]
     assert len(said) == 1
     assert "checkpoint-4 could not be saved (process 1: No space left on device): it takes about " in said[0]
     assert "checkpoint-2 stays. Training goes on" in said[0]
-    names = {path.name for path in (full / "instruct").glob("*checkpoint-*")}
-    assert names == {"checkpoint-6", "checkpoint-8"}
-    assert log(full) == log(folder_of(planned, "whole2"))
 
 
 @pytest.mark.slow
