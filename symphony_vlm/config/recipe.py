@@ -262,6 +262,8 @@ class StageConfig(_Schema):
     log_steps: int = Field(default=10, gt=0)
     save_fraction: float = Field(default=0.2, gt=0, le=1)
     """A checkpoint each time this share of the stage's steps is done."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """Newest checkpoints that stay. The disk needs room for one more: an old one goes once the new one is in place."""
 
     @property
     def roles(self) -> list[DataRole]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from symphony_vlm.errors import InputError
-from symphony_vlm.training.callbacks import checkpoint_folder
+from symphony_vlm.training.checkpoints import checkpoint_folder
 
 __all__ = ["WeightAverage", "refuse_sharded"]
 

@@ -7,31 +7,20 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from symphony_vlm.files import write_json, write_text
+from symphony_vlm.files import sync_file, write_json, write_text
 from symphony_vlm.moe.expert_graph import update_expert_graphs
 from symphony_vlm.moe.recording import RoutingRecorder
 from symphony_vlm.moe.statistics import GraphDrift, graph_statistics
+from symphony_vlm.training.checkpoints import checkpoint_folder
 
 __all__ = [
-    "COMPLETE_MARK",
-    "CheckpointMark",
     "ExpertGraphUpdate",
     "JsonLog",
     "RoutingLog",
-    "checkpoint_folder",
     "cut_log",
 ]
-
-COMPLETE_MARK = "COMPLETE"
-"""File written into a checkpoint when all its other files are there. A kill while saving leaves none."""
-
-
-def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
-    """Where the checkpoint is that is being written, for callbacks that add to it in ``on_save``."""
-    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
 
 
 class ExpertGraphUpdate(TrainerCallback):
@@ -41,19 +30,6 @@ class ExpertGraphUpdate(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         update_expert_graphs(kwargs["model"])
-
-
-class CheckpointMark(TrainerCallback):
-    """Marks finished checkpoints and reports the step that a restart would continue from."""
-
-    def __init__(self, saved: Callable[[int], None]) -> None:
-        self._saved = saved
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        PartialState().wait_for_everyone()  # each process writes its own random state
-        if state.is_world_process_zero:
-            (checkpoint_folder(args, state) / COMPLETE_MARK).touch()
-            self._saved(state.global_step)
 
 
 class JsonLog(TrainerCallback):
@@ -89,6 +65,11 @@ class JsonLog(TrainerCallback):
             entry = {"stage": self._stage, "step": state.global_step, **numbers}
             with self._path.open("a") as file:
                 file.write(json.dumps(entry) + "\n")
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # A restart from the checkpoint does not write these lines again.
+        if self._path.is_file():
+            sync_file(self._path)
 
 
 def cut_log(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
@@ -159,6 +140,7 @@ class RoutingLog(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero and self._entry:
+            sync_file(self._path)
             write_json(checkpoint_folder(args, state) / "routing.json", self._entry)
 
     def on_train_end(

@@ -45,6 +45,9 @@ class ExpertParallelTrainer(StageTrainer):
         reduce_expert_gradients_(self.model)
         return clip_grad_norm_(self.model, self.args.max_grad_norm)
 
+    def _saves_together(self) -> bool:
+        return True
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Gathers the experts on all processes; the first writes them."""
         state = whole_state_dict(self.model)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from symphony_vlm.config.recipe import Recipe
-from symphony_vlm.files import write_json
+from symphony_vlm.files import replacing_folder, write_json
 from symphony_vlm.training.provenance import provenance
 from symphony_vlm.training.run_data import open_run_data
 from symphony_vlm.training.run_state import RunState
@@ -47,6 +47,8 @@ def train(recipe: Recipe, output: Path, *, console: Console | None = None) -> Tr
 
     Raises:
         InputError: the data or the settings cannot be used, or the folder holds another recipe's run.
+        SavingError: a stage's model could not be saved.
+        Stopped: SIGTERM or SIGINT came while a stage trained; a checkpoint is saved.
     """
     console = console or Console(stderr=True)
     import torch
@@ -146,4 +148,5 @@ def _link_model(output: Path, last_stage: str) -> None:
     try:
         link.symlink_to(Path(last_stage) / "model", target_is_directory=True)
     except OSError:  # file systems without links
-        shutil.copytree(output / last_stage / "model", link)
+        with replacing_folder(link) as temporary:
+            shutil.copytree(output / last_stage / "model", temporary)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainerState
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
 from symphony_vlm.data.conversation import IGNORE_INDEX
 from symphony_vlm.data.grouping import EpochSampler
@@ -18,7 +18,9 @@ from symphony_vlm.errors import InputError
 from symphony_vlm.moe.statistics import sum_over_processes
 from symphony_vlm.text import nearest
 from symphony_vlm.training.averaging import WeightAverage
+from symphony_vlm.training.checkpoints import Checkpoints
 from symphony_vlm.training.consumption import NOTES, Consumption
+from symphony_vlm.training.interruption import StopOnSignal
 from symphony_vlm.training.monitor import StageMonitor
 from symphony_vlm.training.streamed import StreamedConversations
 from symphony_vlm.training.validation import undisturbed
@@ -72,6 +74,14 @@ def _share_of_step(labels: Tensor, num_items_in_batch: Tensor | int | None) -> T
     return 1.0 if num_items_in_batch is None else (labels[:, 1:] != IGNORE_INDEX).sum() / num_items_in_batch
 
 
+def _checkpoint_bytes(model: nn.Module) -> int:
+    """Of the weights, and of AdamW's two moments of those that train. ZeRO-3 has the numbers elsewhere."""
+    return sum(
+        getattr(weight, "ds_numel", weight.numel()) * weight.element_size() * (3 if weight.requires_grad else 1)
+        for weight in model.parameters()
+    )
+
+
 class EpochOrder(TrainerCallback):
     """Tells a sampler which epoch begins.
 
@@ -96,7 +106,11 @@ class StageTrainer(Trainer):
         consumption: counts the records that are trained on.
         average: of the weights, which validation then uses.
         monitor: watches speed and finiteness.
+        checkpoints: saves them; None: as the Trainer does.
+        callbacks: what happens beside.
     """
+
+    control: TrainerControl
 
     def __init__(
         self,
@@ -106,10 +120,14 @@ class StageTrainer(Trainer):
         consumption: Consumption | None = None,
         average: WeightAverage | None = None,
         monitor: StageMonitor | None = None,
+        checkpoints: Checkpoints | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
         **kwargs: Any,
     ) -> None:
         self.optimizer: torch.optim.Optimizer | None = None
-        super().__init__(*args, **kwargs)
+        self.checkpoints = checkpoints
+        self.stop = StopOnSignal()
+        super().__init__(*args, callbacks=[self.stop, *callbacks], **kwargs)
         self._rates = rates
         self._sampler = sampler
         if sampler is not None:
@@ -158,6 +176,30 @@ class StageTrainer(Trainer):
         if self.consumption is not None:
             self.consumption.take(batches, self.state.global_step + 1)
         return batches, num_items.clamp(min=1) if isinstance(num_items, Tensor) else num_items
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Where the Trainer writes its checkpoints."""
+        return super()._get_output_dir(trial) if self.checkpoints is None else str(self.checkpoints.staging)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """As in the Trainer, but a checkpoint is complete when the callbacks have added to it, or it is left out."""
+        is_due = self.control.should_save and self.checkpoints is not None
+        if is_due:
+            self.control.should_save = False
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if is_due:
+            assert self.checkpoints is not None
+            size = _checkpoint_bytes(self.model)
+            together = self._saves_together()
+            self.checkpoints.save(self.state.global_step, self._write_checkpoint, size=size, collective=together)
+
+    def _saves_together(self) -> bool:
+        """Whether the processes wait for each other while they save."""
+        return bool(self.is_deepspeed_enabled or self.is_fsdp_enabled)
+
+    def _write_checkpoint(self) -> None:
+        self._save_checkpoint(self.model, None)
+        self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         prepared: dict[str, Any] = super()._prepare_inputs({k: v for k, v in inputs.items() if k != NOTES})

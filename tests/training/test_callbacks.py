@@ -10,7 +10,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from symphony_vlm.moe.configuration import MoEConfig
 from symphony_vlm.moe.recording import RoutingRecorder
-from symphony_vlm.training.callbacks import COMPLETE_MARK, CheckpointMark, JsonLog, RoutingLog
+from symphony_vlm.training.callbacks import JsonLog, RoutingLog
 
 
 def _state(step: int, *, max_steps: int = 10) -> TrainerState:
@@ -63,12 +63,3 @@ def test_the_routing_log_cuts_torn_and_later_lines(tmp_path: Path) -> None:
     log = RoutingLog(path, RoutingRecorder(MoEConfig()))
     log.on_train_begin(_arguments(tmp_path), _state(2), TrainerControl(), model=nn.Module())
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
-
-
-def test_a_checkpoint_is_marked_after_it_is_saved_and_reported_after_it_is_marked(tmp_path: Path) -> None:
-    folder = tmp_path / "checkpoint-4"
-    folder.mkdir()
-    reported: list[tuple[int, bool]] = []
-    mark = CheckpointMark(lambda step: reported.append((step, (folder / COMPLETE_MARK).is_file())))
-    mark.on_save(_arguments(tmp_path), _state(4), TrainerControl())
-    assert reported == [(4, True)]

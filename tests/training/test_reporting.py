@@ -94,17 +94,17 @@ def test_a_restart_continues_the_same_run_and_tensorboard_can_be_left_out(
     quiet: Console,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from symphony_vlm.training.callbacks import CheckpointMark
+    from symphony_vlm.training.checkpoints import Checkpoints
 
     recipe = _with(only_stage("pretrain"), report_to="wandb")
-    original = CheckpointMark.on_save
+    original = Checkpoints.save
 
-    def killed(self: CheckpointMark, *args: Any, **kwargs: Any) -> None:
+    def killed(self: Checkpoints, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(CheckpointMark, "on_save", killed)
+        patch.setattr(Checkpoints, "save", killed)
         train(recipe, tmp_path / "run", console=quiet)
     wandb.run = None  # the process is gone, and with it its run
     train(recipe, tmp_path / "run", console=quiet)
