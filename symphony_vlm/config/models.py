@@ -47,7 +47,8 @@ class KnownModel(_Schema):
         needed, others = (language, vision) if self.kind == "language" else (vision, language)
         if None in needed or any(value is not None for value in others):
             raise ValueError(
-                "a language model needs 'tokenizer_size' and 'has_pad_token', a vision tower 'image_mean' and 'image_std'"
+                "language models, and no others, have 'tokenizer_size' and 'has_pad_token'; vision towers 'image_mean' "
+                "and 'image_std'"
             )
         return self
 
@@ -86,6 +87,6 @@ def known_model(hub_id: str, kind: Literal["vision", "language"], where: str) ->
         raise InputError(
             f"the architecture of {hub_id!r} is not known offline{nearest(hub_id, entries)}",
             where=where,
-            remedy=f"Known: {', '.join(entries)}. Give one of these or a local folder, or add a file to configs/models.",
+            remedy=f"Known: {', '.join(entries)}. Give one of these or a local folder, or add it to configs/models.",
         )
     return entries[hub_id]

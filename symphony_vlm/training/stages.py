@@ -33,7 +33,7 @@ from symphony_vlm.training.consumption import SourcedConversations
 from symphony_vlm.training.contrastive import CaptionCollator, ContrastiveModel, caption_dataset, save_open_clip
 from symphony_vlm.training.features import CachedFeatures, fill_feature_cache
 from symphony_vlm.training.fitting import RunContext, fit, make_trainer, replace_folder
-from symphony_vlm.training.parts import assemble, new_image_processor, new_language_model
+from symphony_vlm.training.parts import assemble, keep_precision_, new_image_processor, new_language_model
 from symphony_vlm.training.streamed import streamed
 from symphony_vlm.training.text import TextBlocks
 from symphony_vlm.training.trainer import freeze_except
@@ -95,6 +95,7 @@ def _run_text(stage: StageConfig, context: RunContext) -> None:
     template = stage.template or context.recipe.model.template
     blocks = partial(TextBlocks, tokenizer=context.tokenizer, template=template, block_size=stage.max_length)
     model = new_language_model(context.recipe.model, context.tokenizer, None)
+    keep_precision_(model, bf16=stage.bf16)
     held_out = _optional_blocks(blocks, validation)
     rates = {"": stage.learning_rate}
     trainer = make_trainer(stage, context, model, blocks(train), held_out, _stack, rates=rates)
@@ -116,6 +117,7 @@ def _run_multimodal(stage: StageConfig, context: RunContext) -> None:
         assert context.recipe.model.moe is not None
         model.upcycle_(MoEConfig.from_dict(context.recipe.model.moe), seed=context.recipe.seed)
     freeze_except(model, stage.train)
+    keep_precision_(model, bf16=stage.bf16)
     load_rgb = partial(load_image, max_pixels=context.recipe.data.max_pixels)
     image_processor = _image_processor(processor, stage)
     samples = [train, validation]
