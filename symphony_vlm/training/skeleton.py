@@ -101,12 +101,19 @@ def language_config(model: ModelConfig) -> PreTrainedConfig:
         except (ValueError, TypeError) as error:
             raise InputError(str(error).splitlines()[0][:200], where="model.language.architecture") from error
         config.vocab_size = language.vocab_size
-        return config
+        return _without_token_ids(config)
     assert language.name is not None
     if Path(language.name).is_dir():
         return folder_config(language.name, LANGUAGE)
     known = known_model(language.name, "language", LANGUAGE)
-    return AutoConfig.for_model(**known.architecture, dtype=known.dtype)
+    return _without_token_ids(AutoConfig.for_model(**known.architecture, dtype=known.dtype))
+
+
+def _without_token_ids(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A class's own defaults may lie outside of a small vocabulary; the tokenizer has the ids."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, name, None)
+    return config
 
 
 def embedding_rows(model: ModelConfig, config: PreTrainedConfig) -> int:

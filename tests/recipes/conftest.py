@@ -17,7 +17,7 @@ from symphony_vlm.config.recipe import Recipe
 from symphony_vlm.data.templates import TEMPLATES
 from symphony_vlm.data.tokenizer import train_tokenizer
 
-SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 2}
+SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 SIDE = 28
 """Of the tiny towers' images; with patches of 14 pixels an image is four tokens."""
 
@@ -28,7 +28,13 @@ def quiet() -> Console:
     return Console(quiet=True)
 
 
-def shrink(architecture: dict[str, Any]) -> dict[str, Any]:
+@pytest.fixture(scope="session")
+def shrink() -> Callable[..., dict[str, Any]]:
+    """Makes the same kind of model with next to no width."""
+    return _shrink
+
+
+def _shrink(architecture: dict[str, Any]) -> dict[str, Any]:
     """The same kind of model with next to no width."""
     small = architecture | SIZES
     if "num_key_value_heads" in small:
@@ -47,7 +53,7 @@ def tiny_parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folders = {}
     for known in map(load_known_model, list_known_models()):
         folder = root / known.name
-        architecture = shrink(known.architecture)
+        architecture = _shrink(known.architecture)
         if known.kind == "vision":
             kind = CLIPImageProcessorPil if architecture["model_type"].startswith("clip") else SiglipImageProcessorPil
             size = {"shortest_edge": SIDE} if kind is CLIPImageProcessorPil else {"height": SIDE, "width": SIDE}

@@ -97,9 +97,9 @@ def test_a_stage_counts_what_it_trains_and_the_memory_of_that(in_small: Callable
     assert list(finetune.trainable) == ["language_model", "projector"]
     projector = pretrain.trainable["projector"]
     assert finetune.trainable["projector"] == instruct.trainable["projector"] == projector
-    # Four layers, of which two have four experts: fc1 and fc2 with their biases; and two gates.
+    # Two layers, of which one has four experts: fc1 and fc2 with their biases; and a gate.
     ffn = 32 * 48 + 48 + 48 * 32 + 32
-    assert instruct.trainable["language_model"] == 2 * ffn + 2 * 4 * ffn + 2 * 4 * 32
+    assert instruct.trainable["language_model"] == ffn + 4 * ffn + 4 * 32
     # Without bf16 all is fp32: four bytes a weight, four a gradient, eight for AdamW's averages.
     for stage in (pretrain, finetune, instruct):
         trained = sum(stage.trainable.values())
