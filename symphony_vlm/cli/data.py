@@ -135,7 +135,7 @@ def _recipe_sources(
 ) -> list[tuple[Path, Path | str | None, dict[str, str | None]]]:
     """(path, image folder, split and subset) of all that the recipe trains on, each once, in its order."""
     data = recipe.data
-    sources = dict.fromkeys([*(data.train or []), *(data.captions or [])])
+    sources = dict.fromkeys([*(data.train or []), *(data.captions or []), *(data.prefinetune or [])])
     if not sources:
         drawn = "; its scenes are drawn when it runs" if data.scenes is not None else ""
         raise InputError(

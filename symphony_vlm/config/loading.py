@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from pydantic import ValidationError
 
+from symphony_vlm.config.inheritance import read_recipe
 from symphony_vlm.config.prepared import put_prepared_data
 from symphony_vlm.config.reading import config_folder, explain, numeric, read_mapping
 from symphony_vlm.config.recipe import Recipe
@@ -38,8 +39,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         InputError: no such recipe, invalid YAML, an unknown key (the nearest valid one is named), or a bad value.
     """
     path = _find(name_or_path)
-    values = read_mapping(path, "a recipe is a mapping with model, data and stages")
-    put_prepared_data(values)
+    values = read_recipe(path, _find)
     for override in overrides:
         before = values.get("data")
         apply_overrides(values, [override])
@@ -66,7 +66,7 @@ def load_moe_settings(name_or_path: str, overrides: Sequence[str] = ()) -> MoECo
 
     path = _find(name_or_path)
     values = read_mapping(path, "settings of sparse layers are a mapping")
-    if "model" in values:
+    if "model" in values or "base" in values:
         settings = load_recipe(name_or_path, overrides).model.moe
         if settings is None:
             raise InputError(
@@ -82,7 +82,8 @@ def _check_names(recipe: Recipe) -> None:
     from symphony_vlm.data.templates import check_template_name, get_template
 
     check_template_name(recipe.model.template)
-    if recipe.model.template == "tokenizer" and recipe.model.language.name is None and recipe.model.start is None:
+    pretrained = recipe.model.language.name is not None and not recipe.model.random_weights
+    if recipe.model.template == "tokenizer" and not pretrained and recipe.model.start is None:
         raise InputError(
             "'tokenizer' is the chat template of a pretrained model's tokenizer, and this model is new",
             where="model.template",

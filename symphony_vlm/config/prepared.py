@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from symphony_vlm.config.reading import config_folder, explain, read_mapping
-from symphony_vlm.config.recipe import DataConfig, SourceConfig, _Schema
+from symphony_vlm.config.recipe import DataConfig, DataRole, SourceConfig, _Schema
 from symphony_vlm.errors import InputError
 from symphony_vlm.text import nearest
 
 __all__ = ["PreparedData", "list_prepared", "load_prepared", "put_prepared_data"]
 
-_WHERE = ("train", "captions", "image_folder", "scenes")
+_ROLES = get_args(DataRole)
+_WHERE = (*_ROLES, "image_folder", "scenes")
 """What prepared data replaces in a recipe; its other data settings stay."""
 
 
@@ -93,7 +94,7 @@ def put_prepared_data(values: dict[str, Any], before: Any = None) -> None:
     kept = {key: value for key, value in before.items() if key not in _WHERE} if isinstance(before, dict) else {}
     found = [_fragment(str(name), alone=len(names) == 1) for name in names]
     for number, fragment in enumerate(found):
-        for role in ("train", "captions"):
+        for role in _ROLES:
             if role in fragment and any(role in other for other in found[:number]):
                 raise InputError(
                     f"more than one of {', '.join(map(str, names))} gives data.{role}",
@@ -115,7 +116,7 @@ def _fragment(name: str, *, alone: bool) -> dict[str, Any]:
     fragment = prepared.data.model_dump(exclude_unset=True)
     # One set leaves its image folder where an override reaches it; several sets have one each.
     if not alone and (folder := fragment.pop("image_folder", None)) is not None:
-        for role in ("train", "captions"):
+        for role in _ROLES:
             for source in fragment.get(role, []):
                 source.setdefault("image_folder", folder)
     return fragment

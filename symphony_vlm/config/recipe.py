@@ -6,7 +6,7 @@ Every key is checked: an unknown one is an error that names the nearest valid ke
 from __future__ import annotations
 
 import itertools
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 
-DataRole = Literal["train", "captions"]
+DataRole = Literal["train", "captions", "prefinetune"]
 Schedule = Literal[
     "constant", "constant_with_warmup", "cosine", "cosine_with_restarts", "inverse_sqrt", "linear", "polynomial"
 ]
@@ -117,6 +117,17 @@ class ModelConfig(_Schema):
     """Settings of `symphony_vlm.moe.configuration.MoEConfig`, applied by the stage that upcycles."""
     start: str | None = None
     """A saved model to start from instead of assembling the parts."""
+    random_weights: bool = False
+    """Whether the parts named above get new random weights, and a new tokenizer, instead of being downloaded: tries a
+    recipe's memory and speed. Their architectures are those of ``configs/models``."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> ModelConfig:
+        if self.random_weights and self.start is not None:
+            raise ValueError("'random_weights' makes new parts and 'start' is a saved model; leave out one of them")
+        if self.random_weights and self.vision.resize_mode == "encoder" and self.vision.backend == "transformers":
+            raise ValueError("'random_weights' does without the encoder's files, and 'resize_mode: encoder' is in them")
+        return self
 
 
 class ScenesConfig(_Schema):
@@ -166,6 +177,8 @@ class DataConfig(_Schema):
     (`SourceConfig`), or a list of paths and sources."""
     captions: Sources | None = None
     """Image-text pairs in the same formats, for the contrastive and the projector stage."""
+    prefinetune: Sources | None = None
+    """Data of a stage between those two, e.g. long captions for the whole model (CuMo, LibMoE)."""
     image_folder: str | None = None
     """Base of the records' image paths, for sources without their own; default: the folder of the data file."""
     scenes: ScenesConfig | None = None
@@ -189,7 +202,8 @@ class DataConfig(_Schema):
 
     @model_validator(mode="after")
     def _consistent(self) -> DataConfig:
-        for role, sources in (("train", self.train), ("captions", self.captions)):
+        for role in get_args(DataRole):
+            sources: Sources | None = getattr(self, role)
             seen: set[SourceConfig] = set()
             for source in sources or []:
                 same = source.model_copy(update={"weight": 1.0})
@@ -208,10 +222,10 @@ class StageConfig(_Schema):
     kind: Literal["contrastive", "text", "multimodal"]
     """contrastive: the image encoder on captions (CLIP). text: the language model alone. multimodal: the whole."""
     data: DataRole | list[DataRole] = "train"
-    """Which of the recipe's data, ``train`` or ``captions``, or both mixed."""
+    """Which of the recipe's data, ``train``, ``captions`` or ``prefinetune``, or several mixed."""
     train: dict[str, float] = Field(default_factory=dict)
     """Peak learning rate by module (``vision_tower``, ``projector``, ``language_model``, or a longer prefix of
-    parameter names, the longest match wins); what is not named is frozen."""
+    parameter names, where ``*`` is any one part; the longest match wins); what is not named is frozen."""
     lora: LoRAConfig | None = None
     """Adapters on the language model instead of training its weights. The rates of `train` then hold for its adapters
     and routers; other modules train in full."""
@@ -219,12 +233,18 @@ class StageConfig(_Schema):
     """Whether the dense language model becomes a mixture of experts before this stage."""
     template: str | None = None
     """A built-in template instead of the model's, e.g. ``plain`` for captions."""
+    resize_mode: Literal["pad", "crop", "stretch"] | None = None
+    """Instead of the vision tower's in this stage: LLaVA-1.5 crops while only the projector trains, and then pads."""
     epochs: float = Field(default=1.0, gt=0)
     max_steps: int = -1
     """Optimizer steps; overrides `epochs` if positive."""
     batch_size: int = Field(default=8, gt=0)
     """Per process and micro-batch."""
     gradient_accumulation_steps: int = Field(default=1, gt=0)
+    engine: str = "auto"
+    """How processes share the work."""
+    global_batch_size: int | None = Field(default=None, gt=0)
+    """Samples in an optimizer step, over all processes."""
     learning_rate: float = Field(default=1e-3, gt=0)
     """For the kinds without `train`."""
     schedule: Schedule = "cosine"
@@ -280,8 +300,8 @@ class StageConfig(_Schema):
             raise ValueError("a multimodal stage needs 'train': a learning rate for each module that trains")
         if self.kind != "multimodal" and (self.train or self.upcycle):
             raise ValueError(f"'train' and 'upcycle' belong to multimodal stages; a {self.kind} stage trains one model")
-        if self.kind != "multimodal" and self.independent_turns:
-            raise ValueError("'independent_turns' belongs to multimodal stages")
+        if self.kind != "multimodal" and (self.independent_turns or self.resize_mode is not None):
+            raise ValueError("'independent_turns' and 'resize_mode' belong to multimodal stages")
         if self.kind != "multimodal" and (self.packing or self.group_by != "none"):
             raise ValueError("'packing' and 'group_by' belong to multimodal stages")
         if self.kind != "multimodal" and self.expert_parallel_size > 1:
@@ -334,6 +354,9 @@ class Recipe(_Schema):
             raise ValueError(f"only one stage can upcycle, got {upcycling}")
         if upcycling and self.model.moe is None:
             raise ValueError(f"stage {upcycling[0]!r} upcycles but model.moe is not set")
+        own = self.model.vision.resize_mode
+        if own in ("anyres", "encoder") and any(stage.resize_mode is not None for stage in self.stages):
+            raise ValueError(f"with model.vision.resize_mode {own} a stage cannot have a 'resize_mode' of its own")
         if self.data.streaming:
             self._check_streaming()
         return self

@@ -24,7 +24,7 @@ from symphony_vlm.model.encoder_preprocessing import open_clip_preprocessing, tr
 from symphony_vlm.model.multi_scale import multi_scale_features
 from symphony_vlm.text import nearest
 
-__all__ = ["VisionConfig", "VisionTower", "build_vision_tower", "load_vision_tower"]
+__all__ = ["VisionConfig", "VisionTower", "build_vision_tower", "load_vision_tower", "open_clip_architecture"]
 
 OPENAI_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -280,7 +280,7 @@ def _load_open_clip(name: str, pretrained: str | None, choose: dict[str, Any]) -
             )
     # weights_only: a checkpoint file must not be able to run code.
     clip = open_clip.create_model(name, pretrained=pretrained, weights_only=True)
-    arch = _open_clip_architecture(name)
+    arch = open_clip_architecture(name)
     size, prepared = clip.visual.image_size, clip.visual.preprocess_cfg
     config = VisionConfig(
         backend="open_clip",
@@ -297,7 +297,12 @@ def _load_open_clip(name: str, pretrained: str | None, choose: dict[str, Any]) -
     return tower
 
 
-def _open_clip_architecture(name: str) -> dict[str, Any]:
+def open_clip_architecture(name: str) -> dict[str, Any]:
+    """What a `VisionConfig` says of an open_clip model: one of its own list, or ``local-dir:FOLDER``.
+
+    Raises:
+        InputError: it is neither.
+    """
     import open_clip
 
     if name.startswith("local-dir:"):

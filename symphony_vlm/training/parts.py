@@ -23,11 +23,13 @@ from symphony_vlm.model.projector import build_projector
 from symphony_vlm.model.vision import VisionConfig, VisionTower, build_vision_tower, load_vision_tower
 from symphony_vlm.model.vlm import SymphonyVLMForConditionalGeneration
 from symphony_vlm.text import nearest
+from symphony_vlm.training.skeleton import language_config, vision_config, vision_settings
 
 __all__ = [
     "assemble",
     "check_architectures",
     "check_templates",
+    "keep_precision_",
     "new_image_processor",
     "new_language_model",
     "open_tokenizer",
@@ -87,7 +89,7 @@ def open_tokenizer(
     """
     from transformers import AutoTokenizer
 
-    if model.language.name is not None:
+    if model.language.name is not None and not model.random_weights:
         tokenizer = _from_hub(AutoTokenizer, model.language.name, "model.language.name")
         ensure_special_tokens(tokenizer)
         return tokenizer
@@ -96,7 +98,9 @@ def open_tokenizer(
         end = template.stop_token or "<|end|>"
         markers = [t for name in (template.name, *stage_templates) for t in get_template(name).special_tokens]
         texts = list(_texts(corpus))
-        tokenizer = train_tokenizer(texts, vocab_size=model.language.vocab_size, special_tokens=markers, end_token=end)
+        # With random weights as large as the vocabulary that the pretrained model has room for.
+        size = language_config(model).vocab_size
+        tokenizer = train_tokenizer(texts, vocab_size=size, special_tokens=markers, end_token=end)
         # Saved next to its place and renamed, so that a kill leaves no half of it to be opened by the next start.
         temporary = folder.with_name(f".{folder.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
@@ -122,20 +126,17 @@ def _texts(corpus: Iterable[Sequence[Sample]]) -> Iterator[str]:
 
 
 def new_language_model(model: ModelConfig, tokenizer: Any, folder: Path | None) -> Any:
-    """The dense language model: from the language stage's folder, pretrained, or new."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    """The dense language model: from the language stage's folder, pretrained, or new, perhaps in a known form."""
+    from transformers import AutoModelForCausalLM
 
     if folder is not None:
         language_model = AutoModelForCausalLM.from_pretrained(folder)
-    elif model.language.name is not None:
+    elif model.language.name is not None and not model.random_weights:
         language_model = _from_hub(AutoModelForCausalLM, model.language.name, "model.language.name")
     else:
-        assert model.language.architecture is not None
-        try:
-            config = AutoConfig.for_model(**model.language.architecture)
-        except (ValueError, TypeError) as error:
-            raise InputError(str(error).splitlines()[0][:200], where="model.language.architecture") from error
-        config.vocab_size = len(tokenizer)
+        config = language_config(model)
+        if model.language.architecture is not None:
+            config.vocab_size = len(tokenizer)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(config, name, getattr(tokenizer, name))
         language_model = AutoModelForCausalLM.from_config(config)
@@ -146,25 +147,14 @@ def new_language_model(model: ModelConfig, tokenizer: Any, folder: Path | None) 
 
 def new_vision_tower(model: ModelConfig, encoder: Path | None) -> VisionTower:
     """The vision tower: from the encoder stage's folder, pretrained, or new."""
-    vision = model.vision
-    choose: dict[str, Any] = {
-        "feature_layer": vision.feature_layer,
-        "feature_select": vision.feature_select,
-        "scales": tuple(vision.scales),
-    }
+    vision, choose = model.vision, vision_settings(model)
     if encoder is not None:
         return load_vision_tower("open_clip", str(encoder), **choose)
-    if vision.name is not None:
+    if vision.name is not None and not model.random_weights:
         return load_vision_tower(vision.backend, vision.name, pretrained=vision.pretrained, **choose)
-    arch = vision.architecture
-    assert arch is not None
-    config = VisionConfig(
-        backend="open_clip",
-        architecture={key: arch[key] for key in ("embed_dim", "vision_cfg", "quick_gelu") if key in arch},
-        image_size=arch["vision_cfg"]["image_size"],
-        **choose,
-    )
-    return build_vision_tower(config)
+    if vision.name is not None and vision.backend == "open_clip":
+        return load_vision_tower(vision.backend, vision.name, **choose)
+    return build_vision_tower(vision_config(model))
 
 
 def new_image_processor(model: ModelConfig, tower: VisionConfig | None = None) -> SymphonyImageProcessor:
@@ -219,6 +209,18 @@ def assemble(
     vlm.generation_config.pad_token_id = tokenizer.pad_token_id
     vlm.processor = processor
     return vlm
+
+
+@torch.no_grad()
+def keep_precision_(model: torch.nn.Module, *, bf16: bool) -> None:
+    """Casts to fp32 what trains, and without autocast everything: pretrained weights are often in 16 bits.
+
+    A 16-bit weight does not move when a step is smaller than a thousandth of it, as at a rate of 2e-5 most are; and its
+    optimizer would keep its averages in 16 bits. What is frozen may stay as it is where autocast (`bf16`) joins it.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.dtype in (torch.bfloat16, torch.float16) and (tensor.requires_grad or not bf16):
+            tensor.data = tensor.data.float()
 
 
 def _from_hub(auto_class: Any, name: str, where: str) -> Any:

@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePath
+from typing import get_args
 
-from symphony_vlm.config.recipe import Recipe, SourceConfig
+from symphony_vlm.config.recipe import DataRole, Recipe, SourceConfig
 from symphony_vlm.data.scenes import generate_scenes
 from symphony_vlm.data.skip_list import read_skip_lists
 from symphony_vlm.errors import InputError
@@ -75,8 +76,9 @@ def _by_role(recipe: Recipe, output: Path, report: Callable[[str], None]) -> dic
         report(f"scenes: {data.scenes.train} training and {data.scenes.test} test pictures in {output / 'scenes'}")
         folder = str(drawn.train_json.parent)
         sources["train"] = [SourceConfig(path=str(drawn.train_json), image_folder=folder)]
-        sources["captions"] = [SourceConfig(path=str(drawn.captions_train_json), image_folder=folder)]
-    return sources | {role: value for role, value in (("train", data.train), ("captions", data.captions)) if value}
+        captions = [SourceConfig(path=str(drawn.captions_train_json), image_folder=folder)]
+        sources["captions"] = sources["prefinetune"] = captions
+    return sources | {role: value for role in get_args(DataRole) if (value := getattr(data, role))}
 
 
 def _labels(sources: list[SourceConfig]) -> dict[SourceConfig, str]:

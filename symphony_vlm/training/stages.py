@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -22,6 +23,7 @@ from symphony_vlm.data.packing import PackedCollator
 from symphony_vlm.data.sample import ImageRef, Sample
 from symphony_vlm.errors import InputError
 from symphony_vlm.model.attention import attention_by_document
+from symphony_vlm.model.image_processor import SymphonyImageProcessor
 from symphony_vlm.model.processor import SymphonyVLMProcessor
 from symphony_vlm.model.vlm import SymphonyVLMForConditionalGeneration
 from symphony_vlm.moe.configuration import MoEConfig
@@ -32,7 +34,7 @@ from symphony_vlm.training.consumption import SourcedConversations
 from symphony_vlm.training.contrastive import CaptionCollator, ContrastiveModel, caption_dataset, save_open_clip
 from symphony_vlm.training.features import CachedFeatures, fill_feature_cache
 from symphony_vlm.training.fitting import RunContext, fit, make_trainer, replace_folder
-from symphony_vlm.training.parts import assemble, new_image_processor, new_language_model
+from symphony_vlm.training.parts import assemble, keep_precision_, new_image_processor, new_language_model
 from symphony_vlm.training.streamed import streamed
 from symphony_vlm.training.text import TextBlocks
 from symphony_vlm.training.trainer import freeze_except
@@ -95,6 +97,7 @@ def _run_text(stage: StageConfig, context: RunContext) -> None:
     template = stage.template or context.recipe.model.template
     blocks = partial(TextBlocks, tokenizer=context.tokenizer, template=template, block_size=stage.max_length)
     model = new_language_model(context.recipe.model, context.tokenizer, None)
+    keep_precision_(model, bf16=stage.bf16)
     held_out = _optional_blocks(blocks, validation)
     rates = {"": stage.learning_rate}
     trainer = make_trainer(stage, context, model, blocks(train), held_out, _stack, rates=rates)
@@ -115,18 +118,21 @@ def _run_multimodal(stage: StageConfig, context: RunContext) -> None:
     freeze_except(model, stage.train)
     if stage.lora is not None:
         adapt_(model, stage.lora, stage, context, saved)
+    keep_precision_(model, bf16=stage.bf16)
     load_rgb = partial(load_image, max_pixels=context.recipe.data.max_pixels)
-    cached = _cached_features(model, [train, validation], context, load_rgb) if stage.cache_features else None
+    image_processor = _image_processor(processor, stage)
+    samples = [train, validation]
+    cached = _cached_features(model, image_processor, samples, context, load_rgb) if stage.cache_features else None
     dataset = partial(
         SourcedConversations,
         encode=partial(_encode, processor, stage),
-        to_square=processor.image_processor.prepare,
+        to_square=image_processor.prepare,
         load=load_rgb,
         features=cached,
     )
     collate = ConversationCollator(
         processor.tokenizer.pad_token_id,
-        processor.image_processor.normalize,
+        image_processor.normalize,
         model.config.image_token_id if stage.independent_turns else None,
         None if cached is None else torch.empty(0, model.vision_tower.num_tokens, model.vision_tower.hidden_size),
     )
@@ -166,8 +172,19 @@ def _run_multimodal(stage: StageConfig, context: RunContext) -> None:
     replace_folder(context.model_folder(stage.name), save)
 
 
+def _image_processor(processor: SymphonyVLMProcessor, stage: StageConfig) -> SymphonyImageProcessor:
+    """The model's own, or a copy with the stage's way of making squares; what is saved is always the model's."""
+    own: SymphonyImageProcessor = processor.image_processor
+    if stage.resize_mode is None or stage.resize_mode == own.resize_mode:
+        return own
+    changed = copy.copy(own)
+    changed.resize_mode = stage.resize_mode
+    return changed
+
+
 def _cached_features(
     model: SymphonyVLMForConditionalGeneration,
+    image_processor: SymphonyImageProcessor,
     samples: Sequence[SampleList],
     context: RunContext,
     load: Callable[[ImageRef], Image.Image],
@@ -178,11 +195,9 @@ def _cached_features(
             where="stage.cache_features",
             remedy="Set cache_features: false.",
         )
-    assert model.processor is not None
     folder = Path(context.recipe.data.feature_cache or context.folder / "features").expanduser()
     if torch.cuda.is_available():
         model.vision_tower.to(PartialState().device)
-    image_processor = model.processor.image_processor
     return fill_feature_cache(model.vision_tower, image_processor, samples, folder, context.console, load=load)
 
 

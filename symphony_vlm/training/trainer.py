@@ -29,7 +29,7 @@ __all__ = ["EpochOrder", "StageTrainer", "freeze_except", "parameter_groups"]
 
 
 def freeze_except(model: nn.Module, rates: Mapping[str, float]) -> None:
-    """Lets exactly those parameters train whose name begins with a key of ``rates``.
+    """Lets exactly those parameters train whose name begins with a key of ``rates``; ``*`` stands for one part of it.
 
     Raises:
         InputError: a key is the prefix of no parameter.
@@ -59,14 +59,20 @@ def parameter_groups(model: nn.Module, rates: Mapping[str, float], weight_decay:
 
 
 def _has_prefix(name: str, prefix: str) -> bool:
-    return prefix == "" or name == prefix or name.startswith(prefix + ".")
+    asked, found = _parts(prefix), _parts(name)
+    return len(asked) <= len(found) and all(a in ("*", b) for a, b in zip(asked, found, strict=False))
+
+
+def _parts(name: str) -> list[str]:
+    return name.split(".") if name else []
 
 
 def _rate(name: str, rates: Mapping[str, float]) -> float | None:
     if name == "image_newline" and name not in rates:
         name = "projector"  # with which it is learnt in LLaVA-NeXT, unless it has a rate of its own
     matching = [prefix for prefix in rates if _has_prefix(name, prefix)]
-    return rates[max(matching, key=len)] if matching else None
+    # The longest, and of equally long ones the one with fewer stars.
+    return rates[max(matching, key=lambda p: (len(_parts(p)), -_parts(p).count("*")))] if matching else None
 
 
 def _share_of_step(labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | float:
