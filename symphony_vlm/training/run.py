@@ -65,7 +65,7 @@ def train(recipe: Recipe, output: Path, *, console: Console | None = None) -> Tr
         if all(state.is_done(stage.name) for stage in recipe.stages):
             console.print(f"{output}: every stage is done", markup=False)
             return _result(recipe, output, state)
-        context = _open(recipe, output, state, console)
+        context = open_run(recipe, output, state, console)
     for stage in recipe.stages:
         if not state.is_done(stage.name):
             run_stage(stage, context)
@@ -77,7 +77,7 @@ def train(recipe: Recipe, output: Path, *, console: Console | None = None) -> Tr
     return _result(recipe, output, state)
 
 
-def _open(recipe: Recipe, output: Path, state: RunState, console: Console) -> RunContext:
+def open_run(recipe: Recipe, output: Path, state: RunState, console: Console) -> RunContext:
     """Checks the recipe, opens the data and the tokenizer, and records where the result comes from."""
     from symphony_vlm.training.fitting import RunContext
     from symphony_vlm.training.parts import check_architectures, check_templates, open_tokenizer

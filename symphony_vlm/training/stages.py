@@ -37,10 +37,10 @@ from symphony_vlm.training.fitting import RunContext, fit, make_trainer, replace
 from symphony_vlm.training.parts import assemble, keep_precision_, new_image_processor, new_language_model
 from symphony_vlm.training.streamed import streamed
 from symphony_vlm.training.text import TextBlocks
-from symphony_vlm.training.trainer import freeze_except
+from symphony_vlm.training.trainer import StageTrainer, freeze_except
 from symphony_vlm.training.validation import SampleLog, held_out_questions
 
-__all__ = ["run_stage"]
+__all__ = ["prepare_multimodal", "run_stage"]
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +111,23 @@ def _run_text(stage: StageConfig, context: RunContext) -> None:
 
 
 def _run_multimodal(stage: StageConfig, context: RunContext) -> None:
+    trainer, model = prepare_multimodal(stage, context)
+    with attention_by_document(model.language_model) if stage.packing else nullcontext():
+        fit(trainer, stage, context)
+    processor = model.processor
+    assert processor is not None
+
+    def save(folder: Path) -> None:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+
+    replace_folder(context.model_folder(stage.name), save)
+
+
+def prepare_multimodal(
+    stage: StageConfig, context: RunContext
+) -> tuple[StageTrainer, SymphonyVLMForConditionalGeneration]:
+    """A multimodal stage up to its first step: its trainer, and the model in it."""
     train, validation = context.data.get(stage)
     model, saved = _starting_model(stage, context)
     processor = model.processor
@@ -162,14 +179,7 @@ def _run_multimodal(stage: StageConfig, context: RunContext) -> None:
         path = context.folder / stage.name / "samples.jsonl"
         callbacks.append(SampleLog(path, questions, template=stage.template, load=load_rgb, tensorboard=board))
     trainer = make_trainer(stage, context, model, **parts, rates=stage.train, callbacks=callbacks, pad_token_id=pad)
-    with attention_by_document(model.language_model) if stage.packing else nullcontext():
-        fit(trainer, stage, context)
-
-    def save(folder: Path) -> None:
-        model.save_pretrained(folder)
-        processor.save_pretrained(folder)
-
-    replace_folder(context.model_folder(stage.name), save)
+    return trainer, model
 
 
 def _image_processor(processor: SymphonyVLMProcessor, stage: StageConfig) -> SymphonyImageProcessor:
