@@ -51,6 +51,7 @@ def train(
     config: Annotated[str, typer.Option(help="A recipe's name (see `config list`) or a YAML file.")],
     output: Annotated[Optional[Path], typer.Option(help="The run's folder; default runs/NAME.")] = None,  # noqa: UP045
     json_: Json = False,
+    local_rank: Annotated[Optional[int], typer.Option("--local_rank", "--local-rank", hidden=True)] = None,  # noqa: UP045
     overrides: Overrides = None,
 ) -> None:
     """Run a recipe's stages; run the same command again to continue.
@@ -62,7 +63,7 @@ def train(
     recipe = load_recipe(config, overrides or [])
     from symphony_vlm.training.run import train as run
 
-    result = run(recipe, output or Path("runs") / recipe.name, console=console())
+    result = run(recipe, output or Path("runs") / recipe.name, console=console(), local_rank=local_rank)
     if os.environ.get("RANK", "0") == "0":
         finish(result.to_dict(), json_, f"model: {result.run / 'model'} (step {result.step}, loss {result.loss:.4f})")
 

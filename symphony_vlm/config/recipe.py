@@ -8,8 +8,9 @@ from __future__ import annotations
 import itertools
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from symphony_vlm.config.engines import check_engine_name
 from symphony_vlm.data.images import MAX_PIXELS
 from symphony_vlm.text import nearest
 
@@ -220,6 +221,12 @@ class StageConfig(_Schema):
     batch_size: int = Field(default=8, gt=0)
     """Per process and micro-batch."""
     gradient_accumulation_steps: int = Field(default=1, gt=0)
+    engine: Annotated[str, AfterValidator(check_engine_name)] = "auto"
+    """How processes share the work (docs/distributed.md). auto: one process alone, several by DDP. Else ``ddp``,
+    ``fsdp2``, ``zero1``, ``zero2``, ``zero3``, ``zero2_offload``, ``zero3_offload``, or a DeepSpeed file (``.json``)."""
+    global_batch_size: int | None = Field(default=None, gt=0)
+    """Samples (packed: rows) in an optimizer step, over all processes. The accumulation follows from it, `batch_size`
+    and the number of processes, so that another number of them trains on the same batches."""
     learning_rate: float = Field(default=1e-3, gt=0)
     """For the kinds without `train`."""
     schedule: Schedule = "cosine"
@@ -270,6 +277,10 @@ class StageConfig(_Schema):
             raise ValueError("'cache_features' needs a multimodal stage in which the vision tower is frozen")
         if self.packing and self.group_by != "none":
             raise ValueError(f"'packing' makes rows of equal length; 'group_by: {self.group_by}' has nothing to group")
+        if self.global_batch_size is not None and self.gradient_accumulation_steps != 1:
+            raise ValueError(
+                "'global_batch_size' says how many micro-batches are accumulated; leave out 'gradient_accumulation_steps'"
+            )
         if self.packing and self.independent_turns:
             raise ValueError("'packing' and 'independent_turns' exclude each other: set one of them to false")
         return self

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +27,8 @@ from symphony_vlm.errors import InputError
 from symphony_vlm.training.batches import random_sampler
 from symphony_vlm.training.callbacks import CheckpointMark, JsonLog, ProgressDisplay
 from symphony_vlm.training.consumption import Consumption, TaggedCollator
+from symphony_vlm.training.engine import close_engine, engine_arguments
+from symphony_vlm.training.gathering import frozen_weights, gather_, is_sharded, refuse_empty_tensors
 from symphony_vlm.training.run_data import RunData
 from symphony_vlm.training.run_state import RunState, last_checkpoint
 from symphony_vlm.training.streamed import StreamedConversations
@@ -144,6 +145,7 @@ def make_trainer(
         # A stream is told where to begin, see _fit; the Trainer would read all of it again.
         ignore_data_skip=streaming,
         use_cpu=not torch.cuda.is_available(),
+        **engine_arguments(stage, model),
     )
     trainer = StageTrainer(
         model=model,
@@ -172,22 +174,40 @@ def make_trainer(
 
 
 def fit(trainer: StageTrainer, stage: StageConfig, context: RunContext) -> None:
-    """Trains a stage to its end, from its last checkpoint if there is one."""
+    """Trains a stage to its end, from its last checkpoint if there is one. The main process then has a whole model.
+
+    Raises:
+        InputError: the checkpoint is of another number of processes.
+    """
     with PartialState().main_process_first():
         checkpoint = last_checkpoint(context.folder / stage.name)
     known = context.state.get(stage.name)
-    context.state.set(stage.name, status="running", step=int(checkpoint.name.split("-")[1]) if checkpoint else 0)
+    processes = PartialState().num_processes
+    if checkpoint and known.get("processes", processes) != processes:
+        raise InputError(
+            f"the stage was begun by {known['processes']} processes and cannot go on with {processes}: each process has "
+            "its own random states, and of a sharded model its own part",
+            where=f"{context.folder}, stage {stage.name}",
+            remedy=f"Continue with {known['processes']} processes, or remove {checkpoint.parent} to begin the stage anew.",
+        )
+    begin = int(checkpoint.name.split("-")[1]) if checkpoint else 0
+    context.state.set(stage.name, status="running", step=begin, processes=processes)
     if checkpoint and trainer.consumption is not None:
         trainer.consumption.restore(checkpoint)
         if isinstance(trainer.train_dataset, StreamedConversations):
             trainer.train_dataset.start = trainer.consumption.position
     start = time.monotonic()
+    model = trainer.model
+    frozen = frozen_weights(model, torch.bfloat16 if trainer.is_deepspeed_enabled and stage.bf16 else None)
     if checkpoint and _is_last(checkpoint):
-        # Killed after the last step, before the model was saved. The Trainer would train one more step.
+        # Killed after the last step, before the model was saved.
         trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-        trainer._load_from_checkpoint(str(checkpoint))
+        trainer.open_finished(checkpoint, trainer.state.max_steps)
     else:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if is_sharded(trainer):
+        gather_(model, frozen)
+        close_engine()
     seconds = round(known.get("seconds", 0.0) + time.monotonic() - start, 1)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     context.state.set(stage.name, step=trainer.state.global_step, loss=losses[-1], seconds=seconds)
@@ -205,6 +225,7 @@ def replace_folder(folder: Path, save: Callable[[Path], None]) -> None:
         temporary = folder.with_name(".model.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         save(temporary)
+        refuse_empty_tensors(temporary)
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
     processes.wait_for_everyone()
@@ -212,7 +233,7 @@ def replace_folder(folder: Path, save: Callable[[Path], None]) -> None:
 
 def _total_steps(stage: StageConfig, num_samples: int, drop_last: bool) -> int:
     """Optimizer steps as the Trainer counts them: an incomplete accumulation at the end of an epoch is a step."""
-    per_batch = stage.batch_size * int(os.environ.get("WORLD_SIZE", "1"))
+    per_batch = stage.batch_size * PartialState().num_processes
     batches = num_samples // per_batch if drop_last else -(-num_samples // per_batch)
     if batches == 0:
         raise InputError(

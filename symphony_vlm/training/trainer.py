@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from symphony_vlm.errors import InputError
 from symphony_vlm.moe.statistics import sum_over_processes
 from symphony_vlm.text import nearest
 from symphony_vlm.training.consumption import NOTES, Consumption
+from symphony_vlm.training.engine import opening_accelerate
+from symphony_vlm.training.gathering import is_sharded
 from symphony_vlm.training.streamed import StreamedConversations
 
 __all__ = ["EpochOrder", "StageTrainer", "freeze_except", "parameter_groups"]
@@ -119,6 +122,23 @@ class StageTrainer(Trainer):
                 groups, lr=self.args.learning_rate, betas=betas, eps=self.args.adam_epsilon, fused=True
             )
         return self.optimizer
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As in transformers, and what accelerate must be told about the engine."""
+        with opening_accelerate(self.args):
+            super().create_accelerator_and_postprocess()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The weights of a checkpoint; DeepSpeed and FSDP2 write theirs with the optimizer, once is enough."""
+        if not is_sharded(self):
+            super().save_model(output_dir, _internal_call)
+
+    def open_finished(self, checkpoint: Path, max_steps: int) -> None:
+        """Puts a finished stage's last checkpoint into the model. `train` would go on with one more step."""
+        if is_sharded(self):
+            self._prepare_for_training(max_steps, self.get_train_dataloader(), str(checkpoint))
+        else:
+            self._load_from_checkpoint(str(checkpoint))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return super()._get_train_sampler(train_dataset) if self._sampler is None else self._sampler
