@@ -164,7 +164,8 @@ class StageTrainer(Trainer):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.consumption is not None:
             self.consumption.take(batches, self.state.global_step + 1)
-        return batches, num_items.clamp(min=1) if isinstance(num_items, Tensor) else num_items
+        # A whole number: FSDP2 casts every floating-point input of a model to 16 bits.
+        return batches, num_items.long().clamp(min=1) if isinstance(num_items, Tensor) else num_items
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         prepared: dict[str, Any] = super()._prepare_inputs({k: v for k, v in inputs.items() if k != NOTES})
@@ -178,7 +179,12 @@ class StageTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The model's own loss; its parts are added up for the log."""
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        # FSDP2 gives blocks their weights in 16 bits, but leaves alone what a model does between them.
+        autocast = torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.is_fsdp_enabled and self.args.bf16)
+        with autocast:
+            loss, outputs = super().compute_loss(
+                model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+            )
         parts = getattr(outputs, "loss_parts", None)
         if parts and model.training:
             # A micro-batch weighs in the parts as in the loss. Sums stay on the device; the log step reads them.

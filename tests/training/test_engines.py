@@ -182,7 +182,7 @@ def test_saved_models_open_where_deepspeed_is_absent(runs: Path, tmp_path: Path)
         "import importlib.machinery, sys\n"
         "find = importlib.machinery.PathFinder.find_spec\n"
         "hide = lambda name, *rest: None if name.split('.')[0] == 'deepspeed' else find(name, *rest)\n"
-        "importlib.machinery.PathFinder.find_spec = hide\n"
+        "importlib.machinery.PathFinder.find_spec = staticmethod(hide)\n"
         "import symphony_vlm as sv, torch\n"
         "logits = []\n"
         "for folder in sys.argv[1:]:\n"
