@@ -222,8 +222,8 @@ class StageConfig(_Schema):
     """Per process and micro-batch."""
     gradient_accumulation_steps: int = Field(default=1, gt=0)
     engine: Annotated[str, AfterValidator(check_engine_name)] = "auto"
-    """How processes share the work (docs/distributed.md). auto: one process alone, several by DDP. Else ``ddp``,
-    ``fsdp2``, ``zero1``, ``zero2``, ``zero3``, ``zero2_offload``, ``zero3_offload``, or a DeepSpeed file (``.json``)."""
+    """How processes share the work (docs/distributed.md): ``ddp``, ``fsdp2``, ``zero1``, ``zero2``, ``zero3``,
+    ``zero2_offload``, ``zero3_offload``, a DeepSpeed file (``.json``), or ``auto``: one process alone, several by DDP."""
     global_batch_size: int | None = Field(default=None, gt=0)
     """Samples (packed: rows) in an optimizer step, over all processes. The accumulation follows from it, `batch_size`
     and the number of processes, so that another number of them trains on the same batches."""
@@ -279,7 +279,8 @@ class StageConfig(_Schema):
             raise ValueError(f"'packing' makes rows of equal length; 'group_by: {self.group_by}' has nothing to group")
         if self.global_batch_size is not None and self.gradient_accumulation_steps != 1:
             raise ValueError(
-                "'global_batch_size' says how many micro-batches are accumulated; leave out 'gradient_accumulation_steps'"
+                "'global_batch_size' says how many micro-batches are accumulated; leave out "
+                "'gradient_accumulation_steps'"
             )
         if self.packing and self.independent_turns:
             raise ValueError("'packing' and 'independent_turns' exclude each other: set one of them to false")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -42,7 +43,7 @@ def check_engines(recipe: Recipe) -> None:
             raise InputError(
                 f"engine {stage.engine} works in processes that a launcher starts, and this one was started alone",
                 where=f"stages.{stage.name}.engine",
-                remedy="Start it with torchrun --nproc-per-node N -m train.instruct ... (N may be 1), or set engine: auto.",
+                remedy="Start it with torchrun --nproc-per-node N -m train.instruct ... (N may be 1), or set auto.",
             )
         if is_deepspeed(stage.engine):
             if find_spec("deepspeed") is None:
@@ -110,9 +111,10 @@ def _repeated_blocks(model: nn.Module) -> set[str]:
 def _prepare_deepspeed() -> None:
     """What DeepSpeed asks of its environment and finds only under its own launcher."""
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
         # How many processes this machine has; by torchrun's name for it.
         os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", str(PartialState().num_processes)))
+    # It calls collectives by names that PyTorch 2.13 has replaced.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     if shutil.which("ninja") is None:  # a Python that was started by its path, its environment not activated
         os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
 

@@ -185,10 +185,10 @@ def fit(trainer: StageTrainer, stage: StageConfig, context: RunContext) -> None:
     processes = PartialState().num_processes
     if checkpoint and known.get("processes", processes) != processes:
         raise InputError(
-            f"the stage was begun by {known['processes']} processes and cannot go on with {processes}: each process has "
-            "its own random states, and of a sharded model its own part",
+            f"the stage was begun by {known['processes']} processes and cannot go on with {processes}: each has random "
+            "states of its own, and of a sharded model its own part",
             where=f"{context.folder}, stage {stage.name}",
-            remedy=f"Continue with {known['processes']} processes, or remove {checkpoint.parent} to begin the stage anew.",
+            remedy=f"Use {known['processes']} processes, or remove {checkpoint.parent} to begin the stage anew.",
         )
     begin = int(checkpoint.name.split("-")[1]) if checkpoint else 0
     context.state.set(stage.name, status="running", step=begin, processes=processes)

@@ -68,8 +68,8 @@ def join_processes(*, cpu: bool, local_rank: int | None = None) -> PartialState:
     expected, source = _expected_processes(os.environ)
     if expected != state.num_processes:
         raise InputError(
-            f"{source} is {expected}, but this process sees {state.num_processes}: started {expected} times, each would "
-            "train alone, all of them into the same folder",
+            f"{source} is {expected}, but this process sees {state.num_processes}: started {expected} times, each "
+            "would train alone, all of them into the same folder",
             where="launch",
             remedy=f"{REMEDY}; under Slurm, srun starts one torchrun per node. For one process alone, unset {source}.",
         )

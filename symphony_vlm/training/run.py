@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from functools import partial
@@ -59,7 +60,11 @@ def train(
     from symphony_vlm.training.launch import join_processes
     from symphony_vlm.training.stages import run_stage
 
-    processes = join_processes(cpu=not torch.cuda.is_available(), local_rank=local_rank)
+    cpu = not torch.cuda.is_available()
+    if cpu:
+        # Accelerate imports DeepSpeed, if it is there, at the first save; untold it would warn that it finds no GPU.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    processes = join_processes(cpu=cpu, local_rank=local_rank)
     check_engines(recipe)
     if not processes.is_main_process:
         console = Console(quiet=True)

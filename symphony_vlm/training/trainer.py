@@ -180,7 +180,9 @@ class StageTrainer(Trainer):
     ) -> Any:
         """The model's own loss; its parts are added up for the log."""
         # FSDP2 gives blocks their weights in 16 bits, but leaves alone what a model does between them.
-        autocast = torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.is_fsdp_enabled and self.args.bf16)
+        autocast = torch.autocast(
+            self.args.device.type, torch.bfloat16, enabled=self.is_fsdp_enabled and self.args.bf16
+        )
         with autocast:
             loss, outputs = super().compute_loss(
                 model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch

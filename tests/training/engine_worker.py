@@ -17,12 +17,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-os.environ |= {"DS_ACCELERATOR": "cpu"}
 # First: torchvision without its compiled operators would break the import of transformers.
 import symphony_vlm  # noqa: F401  # isort: skip
 import torch
 from rich.console import Console
-from sampling_worker import free_port, KILLED
+from sampling_worker import KILLED, free_port
 
 from symphony_vlm.config.recipe import Recipe
 from symphony_vlm.model.vlm import SymphonyVLMForConditionalGeneration
