@@ -223,7 +223,7 @@ class StageConfig(_Schema):
     gradient_accumulation_steps: int = Field(default=1, gt=0)
     engine: Annotated[str, AfterValidator(check_engine_name)] = "auto"
     """How processes share the work (docs/distributed.md): ``ddp``, ``fsdp2``, ``zero1``, ``zero2``, ``zero3``,
-    ``zero2_offload``, ``zero3_offload``, a DeepSpeed file (``.json``), or ``auto``: one process alone, several by DDP."""
+    ``zero2_offload``, ``zero3_offload``, a DeepSpeed file (``.json``), or ``auto``: alone or, if several, by DDP."""
     global_batch_size: int | None = Field(default=None, gt=0)
     """Samples (packed: rows) in an optimizer step, over all processes. The accumulation follows from it, `batch_size`
     and the number of processes, so that another number of them trains on the same batches."""
@@ -282,6 +282,9 @@ class StageConfig(_Schema):
                 "'global_batch_size' says how many micro-batches are accumulated; leave out "
                 "'gradient_accumulation_steps'"
             )
+        if self.kind == "contrastive" and self.engine not in ("auto", "ddp"):
+            # CLIP's temperature; neither PyTorch's nor DeepSpeed's sharding takes a parameter without dimensions.
+            raise ValueError(f"'engine: {self.engine}' cannot share out a contrastive stage, only auto and ddp can")
         if self.packing and self.independent_turns:
             raise ValueError("'packing' and 'independent_turns' exclude each other: set one of them to false")
         return self

@@ -44,7 +44,7 @@ def gather_(model: nn.Module, frozen: dict[str, Tensor]) -> None:
     main = PartialState().is_main_process
     for module in model.modules():
         if hasattr(module, "reshard"):
-            module.reshard()  # FSDP2 leaves some parameters together after a pass, perhaps in 16 bits
+            module.reshard()  # type: ignore[operator]  # FSDP2 leaves some parameters together after a pass, perhaps in 16 bits
     whole: dict[Any, nn.Parameter | None] = {}
     for prefix, module in model.named_modules():
         gathered: dict[str, nn.Parameter | None] = {}

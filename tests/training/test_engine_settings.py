@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from accelerate import PartialState
+from rich.console import Console
 from safetensors.torch import save_file
 from torch import nn
 
@@ -20,8 +23,9 @@ from symphony_vlm.config.recipe import StageConfig
 from symphony_vlm.errors import InputError
 from symphony_vlm.moe.layer import SparseMoE
 from symphony_vlm.training.deepspeed_settings import LEAF_MODULE, deepspeed_settings, is_deepspeed
-from symphony_vlm.training.engine import check_engines, engine_arguments, with_accumulation
+from symphony_vlm.training.engine import check_engines, engine_arguments, opening_accelerate, with_accumulation
 from symphony_vlm.training.gathering import gather_, refuse_empty_tensors
+from symphony_vlm.training.run import train
 
 PACKAGED = [name for name in ENGINES if is_deepspeed(name)]
 
@@ -33,6 +37,12 @@ def stage(**settings: Any) -> StageConfig:
 def test_an_unknown_engine_is_refused_with_the_nearest() -> None:
     with pytest.raises(InputError, match="'engine': 'zero4' is none of auto, ddp, .* did you mean 'zero"):
         load_recipe("tiny", ["stages.instruct.engine=zero4"])
+
+
+@pytest.mark.parametrize("engine", [name for name in ENGINES if name not in ("auto", "ddp")])
+def test_a_contrastive_stage_cannot_be_sharded(engine: str) -> None:
+    with pytest.raises(InputError, match=f"'engine: {engine}' cannot share out a contrastive stage, only auto and ddp"):
+        load_recipe("tiny", [f"stages.encoder.engine={engine}"])
 
 
 def test_the_accumulation_follows_from_the_global_batch() -> None:
@@ -168,3 +178,22 @@ def test_an_empty_tensor_is_never_saved(tmp_path: Path) -> None:
     save_file({"gone": torch.empty(0), "whole": torch.ones(())}, tmp_path / "model-2.safetensors")
     with pytest.raises(InputError, match=r"model-2\.safetensors: 1 tensors would be saved empty \(gone\)"):
         refuse_empty_tensors(tmp_path)
+
+
+def test_a_stage_goes_on_with_as_many_processes_as_it_was_begun_with(
+    tiny_run: Any, tmp_path: Path, quiet: Console
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run.folder, run, symlinks=True)
+    state = json.loads((run / "state.json").read_text())
+    assert {stage["processes"] for stage in state["stages"].values()} == {1}
+    state["stages"]["instruct"] |= {"status": "running", "processes": 2}
+    (run / "state.json").write_text(json.dumps(state))
+    with pytest.raises(InputError, match=r"instruct: the stage was begun by 2 processes and cannot go on with 1: each"):
+        train(load_recipe("tiny"), run, console=quiet)
+
+
+def test_one_process_uses_one_of_several_gpus() -> None:
+    arguments = SimpleNamespace(n_gpu=4, fsdp_plugin_args=None)
+    with opening_accelerate(arguments):  # type: ignore[arg-type]
+        assert arguments._n_gpu == 1
