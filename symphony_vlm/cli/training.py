@@ -51,7 +51,9 @@ def train(
     config: Annotated[str, typer.Option(help="A recipe's name (see `config list`) or a YAML file.")],
     output: Annotated[Optional[Path], typer.Option(help="The run's folder; default runs/NAME.")] = None,  # noqa: UP045
     json_: Json = False,
-    local_rank: Annotated[Optional[int], typer.Option("--local_rank", "--local-rank", hidden=True)] = None,  # noqa: UP045
+    local_rank: Annotated[
+        Optional[int], typer.Option("--local_rank", "--local-rank", hidden=True, help="Set by launchers.")
+    ] = None,  # noqa: UP045
     overrides: Overrides = None,
 ) -> None:
     """Run a recipe's stages; run the same command again to continue.
