@@ -13,6 +13,11 @@ from symphony_vlm.cli.application import Json, Overrides, app, console, finish, 
 
 __all__: list[str] = []
 
+LocalRank = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option("--local_rank", "--local-rank", hidden=True, help="Set by the deepspeed launcher."),
+]
+
 
 @app.command()
 def quickstart(
@@ -51,9 +56,7 @@ def train(
     config: Annotated[str, typer.Option(help="A recipe's name (see `config list`) or a YAML file.")],
     output: Annotated[Optional[Path], typer.Option(help="The run's folder; default runs/NAME.")] = None,  # noqa: UP045
     json_: Json = False,
-    local_rank: Annotated[
-        Optional[int], typer.Option("--local_rank", "--local-rank", hidden=True, help="Set by launchers.")
-    ] = None,  # noqa: UP045
+    local_rank: LocalRank = None,
     overrides: Overrides = None,
 ) -> None:
     """Run a recipe's stages; run the same command again to continue.
