@@ -20,13 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from rich.console import Console
 
 from symphony_vlm.config.loading import load_recipe
 from symphony_vlm.config.recipe import Recipe
 from symphony_vlm.files import write_json
+from symphony_vlm.training.engine import with_accumulation
 from symphony_vlm.training.provenance import provenance
 from symphony_vlm.training.run import open_run
+from symphony_vlm.training.run_state import RunState
 from symphony_vlm.training.stages import prepare_multimodal
 
 __all__ = ["main", "measure_stage"]
@@ -43,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--image-size", type=int, default=336, help="pixels of the generated pictures (default 336)")
     parser.add_argument("--json", type=Path, help="file to write")
     parser.add_argument("settings", nargs="*", help="key=value for the stage; model.KEY=VALUE for the model")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     recipe = _only_stage(options.recipe, options.stage, options.settings, options.steps, options.image_size)
     with tempfile.TemporaryDirectory() as folder:
         result = measure_stage(recipe, Path(folder))
@@ -60,9 +63,10 @@ def measure_stage(recipe: Recipe, folder: Path) -> dict[str, Any]:
         medians of the logged speeds without the first two entries, in which memory and kernels are found; the largest
         memory; the losses.
     """
-    stage = recipe.stages[0]
-    context = open_run(recipe, folder, Console(stderr=True))
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    PartialState(cpu=device == "cpu")
+    context = open_run(recipe, folder, RunState(folder, recipe), Console(stderr=True))
+    stage = with_accumulation(recipe.stages[0], 1)
     start = time.monotonic()
     with torch.device(device):  # drawing billions of random weights takes minutes on a CPU
         trainer, model = prepare_multimodal(stage, context)

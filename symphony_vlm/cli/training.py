@@ -13,6 +13,11 @@ from symphony_vlm.cli.application import Json, Overrides, app, console, finish, 
 
 __all__: list[str] = []
 
+LocalRank = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option("--local_rank", "--local-rank", hidden=True, help="Set by the deepspeed launcher."),
+]
+
 
 @app.command()
 def quickstart(
@@ -51,6 +56,7 @@ def train(
     config: Annotated[str, typer.Option(help="A recipe's name (see `config list`) or a YAML file.")],
     output: Annotated[Optional[Path], typer.Option(help="The run's folder; default runs/NAME.")] = None,  # noqa: UP045
     json_: Json = False,
+    local_rank: LocalRank = None,
     overrides: Overrides = None,
 ) -> None:
     """Run a recipe's stages; run the same command again to continue.
@@ -62,7 +68,7 @@ def train(
     recipe = load_recipe(config, overrides or [])
     from symphony_vlm.training.run import train as run
 
-    result = run(recipe, output or Path("runs") / recipe.name, console=console())
+    result = run(recipe, output or Path("runs") / recipe.name, console=console(), local_rank=local_rank)
     if os.environ.get("RANK", "0") == "0":
         finish(result.to_dict(), json_, f"model: {result.run / 'model'} (step {result.step}, loss {result.loss:.4f})")
 

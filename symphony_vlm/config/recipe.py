@@ -8,8 +8,9 @@ from __future__ import annotations
 import itertools
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from symphony_vlm.config.engines import check_engine_name
 from symphony_vlm.config.lora import LoRAConfig
 from symphony_vlm.config.monitor import MonitorConfig
 from symphony_vlm.data.images import MAX_PIXELS
@@ -241,10 +242,12 @@ class StageConfig(_Schema):
     batch_size: int = Field(default=8, gt=0)
     """Per process and micro-batch."""
     gradient_accumulation_steps: int = Field(default=1, gt=0)
-    engine: str = "auto"
-    """How processes share the work."""
+    engine: Annotated[str, AfterValidator(check_engine_name)] = "auto"
+    """How processes share the work (docs/distributed.md): ``ddp``, ``fsdp2``, ``zero1``, ``zero2``, ``zero3``,
+    ``zero2_offload``, ``zero3_offload``, a DeepSpeed file (``.json``), or ``auto``: alone or, if several, by DDP."""
     global_batch_size: int | None = Field(default=None, gt=0)
-    """Samples in an optimizer step, over all processes."""
+    """Samples (packed: rows) in an optimizer step, over all processes. The accumulation follows from it, `batch_size`
+    and the number of processes, so that another number of them trains on the same batches."""
     learning_rate: float = Field(default=1e-3, gt=0)
     """For the kinds without `train`."""
     schedule: Schedule = "cosine"
@@ -314,6 +317,14 @@ class StageConfig(_Schema):
             raise ValueError("'lora' and 'sample_generations' belong to multimodal stages")
         if self.lora is not None and not any(name.split(".")[0] == "language_model" for name in self.train):
             raise ValueError("'lora' adapts the language model; give it a learning rate in 'train'")
+        if self.global_batch_size is not None and self.gradient_accumulation_steps != 1:
+            raise ValueError(
+                "'global_batch_size' says how many micro-batches are accumulated; leave out "
+                "'gradient_accumulation_steps'"
+            )
+        if self.kind == "contrastive" and self.engine not in ("auto", "ddp"):
+            # CLIP's temperature; neither PyTorch's nor DeepSpeed's sharding takes a parameter without dimensions.
+            raise ValueError(f"'engine: {self.engine}' cannot share out a contrastive stage, only auto and ddp can")
         if self.packing and self.independent_turns:
             raise ValueError("'packing' and 'independent_turns' exclude each other: set one of them to false")
         return self

@@ -183,13 +183,15 @@ class SymphonyVLMForConditionalGeneration(SymphonyPreTrainedModel, GenerationMix
     def _others_wait_for_vision(self) -> bool:
         """Whether other processes need this one in the tower and the projector, images or not.
 
-        Data parallelism of any kind waits for a gradient of each parameter that trains.
+        Data parallelism of any kind waits for a gradient of each parameter that trains. One process alone needs the
+        pass where nothing else trains, for its loss must have a gradient.
         """
         if self._vision_is_sharded():
             return True
         parallel = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        needed = parallel or not any(p.requires_grad for p in self.language_model.parameters())
         parameters = (*self.vision_tower.parameters(), *self.projector.parameters())
-        return parallel and self.training and torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
+        return needed and self.training and torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
 
     def _vision_is_sharded(self) -> bool:
         """Whether FSDP2 (which gives modules an ``unshard``), ZeRO-3 or expert parallelism has spread them."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sized
 from functools import partial
+
+from accelerate import PartialState
 
 from symphony_vlm.config.recipe import StageConfig
 from symphony_vlm.data.collator import ConversationDataset
@@ -42,7 +43,7 @@ def random_sampler(dataset: Sized, *, seed: int) -> EpochSampler:
 def grouped_sampler(dataset: ConversationDataset, stage: StageConfig, *, seed: int) -> EpochSampler:
     """The order of a stage's training samples by its `group_by`."""
     lengths = [dataset.num_tokens(index) for index in range(len(dataset))]
-    num_batches = stage.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", "1"))
+    num_batches = stage.gradient_accumulation_steps * PartialState().num_processes
     order: Order
     if stage.group_by == "length":
         order = partial(length_order, lengths, stage.batch_size * num_batches)

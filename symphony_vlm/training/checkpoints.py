@@ -18,7 +18,7 @@ from transformers import TrainerState, TrainingArguments
 
 from symphony_vlm.errors import SavingError
 from symphony_vlm.files import sync_folder, sync_tree
-from symphony_vlm.training.manifest import find_damage, read_manifest, write_manifest
+from symphony_vlm.training.manifest import find_damage, write_manifest
 from symphony_vlm.training.writing import attempt, first_failure, free_bytes, several_processes, size_text
 
 __all__ = ["Checkpoints", "checkpoint_folder", "step_of"]
@@ -124,20 +124,11 @@ class Checkpoints:
         for checkpoint in reversed(list(self._complete())):
             damage = find_damage(checkpoint)
             if damage is None:
-                self._compare_processes(checkpoint)
                 return checkpoint
             aside = self._unused(f"damaged-{checkpoint.name}")
             checkpoint.rename(aside)
             self._report(f"{checkpoint}: damaged ({damage}); renamed to {aside.name}, the one before it is used")
         return None
-
-    def _compare_processes(self, checkpoint: Path) -> None:
-        before, now = read_manifest(checkpoint)["processes"], PartialState().num_processes
-        if before != now:
-            self._report(
-                f"{checkpoint}: written by {before} processes, continued by {now}; random states and the order of the "
-                "samples will be others than without the interruption"
-            )
 
     def _unused(self, name: str) -> Path:
         path, number = self.folder / name, 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +32,9 @@ from symphony_vlm.training.callbacks import JsonLog
 from symphony_vlm.training.checkpoints import Checkpoints, step_of
 from symphony_vlm.training.compilation import compile_layers_
 from symphony_vlm.training.consumption import Consumption, TaggedCollator
+from symphony_vlm.training.engine import close_engine, engine_arguments
 from symphony_vlm.training.expert_parallel import ExpertParallelTrainer
+from symphony_vlm.training.gathering import frozen_weights, gather_, is_sharded, refuse_empty_tensors
 from symphony_vlm.training.monitor import StageMonitor
 from symphony_vlm.training.reporting import reporters
 from symphony_vlm.training.run_data import RunData
@@ -155,6 +156,7 @@ def make_trainer(
         # A stream is told where to begin, see _fit; the Trainer would read all of it again.
         ignore_data_skip=streaming,
         use_cpu=not torch.cuda.is_available(),
+        **engine_arguments(stage, model),
     )
     trainer_class = StageTrainer
     if stage.expert_parallel_size > 1:
@@ -198,15 +200,25 @@ def make_trainer(
 
 
 def fit(trainer: StageTrainer, stage: StageConfig, context: RunContext) -> None:
-    """Trains a stage to its end, from its last checkpoint if there is one.
+    """Trains a stage to its end, from its last checkpoint if there is one. The main process then has a whole model.
 
     Raises:
+        InputError: the checkpoint is of another number of processes.
         Stopped: a signal asked for it.
     """
     assert trainer.checkpoints is not None
     checkpoint = trainer.checkpoints.last()
     known = context.state.get(stage.name)
-    context.state.set(stage.name, status="running", step=step_of(checkpoint) if checkpoint else 0)
+    processes = PartialState().num_processes
+    if checkpoint and known.get("processes", processes) != processes:
+        raise InputError(
+            f"the stage was begun by {known['processes']} processes and cannot go on with {processes}: each has random "
+            "states of its own, and of a sharded model its own part",
+            where=f"{context.folder}, stage {stage.name}",
+            remedy=f"Use {known['processes']} processes, or remove {checkpoint.parent} to begin the stage anew.",
+        )
+    begin = step_of(checkpoint) if checkpoint else 0
+    context.state.set(stage.name, status="running", step=begin, processes=processes)
     if checkpoint and trainer.consumption is not None:
         trainer.consumption.restore(checkpoint)
         context.state.set(stage.name, records_seen=trainer.consumption.records_seen)
@@ -217,10 +229,12 @@ def fit(trainer: StageTrainer, stage: StageConfig, context: RunContext) -> None:
         if trainer.average is not None:
             trainer.average.restore(checkpoint)
     start = time.monotonic()
+    model = trainer.model
+    frozen = frozen_weights(model, torch.bfloat16 if trainer.is_deepspeed_enabled and stage.bf16 else None)
     if checkpoint and _is_last(checkpoint):
-        # Killed after the last step, before the model was saved. The Trainer would train one more step.
+        # Killed after the last step, before the model was saved.
         trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-        trainer._load_from_checkpoint(str(checkpoint))
+        trainer.open_finished(checkpoint, trainer.state.max_steps)
     else:
         shown = nullcontext() if trainer.monitor is None else trainer.monitor.shown()
         with trainer.stop.listening(), shown:
@@ -231,7 +245,11 @@ def fit(trainer: StageTrainer, stage: StageConfig, context: RunContext) -> None:
         raise _stopped(stage.name, number, trainer, context, seconds)
     if trainer.average is not None:
         trainer.average.apply_(trainer.model)
-    unshard_experts_(trainer.model)  # whoever saves the result finds all of it
+    # Whoever saves the result finds all of it.
+    unshard_experts_(trainer.model)
+    if is_sharded(trainer):
+        gather_(model, frozen)
+        close_engine()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     context.state.set(stage.name, step=trainer.state.global_step, loss=losses[-1], seconds=seconds)
 
@@ -264,6 +282,7 @@ def replace_folder(folder: Path, save: Callable[[Path], None]) -> None:
     def replace() -> None:
         with replacing_folder(folder) as temporary:
             save(temporary)
+            refuse_empty_tensors(temporary)
 
     failure = first_failure(attempt(replace) if PartialState().is_main_process else None)
     if failure:
@@ -275,7 +294,7 @@ def replace_folder(folder: Path, save: Callable[[Path], None]) -> None:
 
 def _total_steps(stage: StageConfig, num_samples: int, drop_last: bool) -> int:
     """Optimizer steps as the Trainer counts them: an incomplete accumulation at the end of an epoch is a step."""
-    per_batch = stage.batch_size * int(os.environ.get("WORLD_SIZE", "1"))
+    per_batch = stage.batch_size * PartialState().num_processes
     batches = num_samples // per_batch if drop_last else -(-num_samples // per_batch)
     if batches == 0:
         raise InputError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from functools import partial
@@ -37,26 +38,36 @@ class TrainResult:
         return {"run": str(self.run), "stage": self.stage, "step": self.step, "loss": self.loss}
 
 
-def train(recipe: Recipe, output: Path, *, console: Console | None = None) -> TrainResult:
+def train(
+    recipe: Recipe, output: Path, *, console: Console | None = None, local_rank: int | None = None
+) -> TrainResult:
     """Runs every stage that is not done yet.
 
     Args:
         recipe: what to do.
         output: the run's folder, see ``RUN/`` in the README.
         console: where progress goes; default: standard error.
+        local_rank: what the deepspeed launcher has put on the command line.
 
     Raises:
-        InputError: the data or the settings cannot be used, or the folder holds another recipe's run.
+        InputError: the data or the settings cannot be used, the folder holds another recipe's run, or the processes
+            of a launcher are not one run.
         SavingError: a stage's model could not be saved.
         Stopped: SIGTERM or SIGINT came while a stage trained; a checkpoint is saved.
     """
     console = console or Console(stderr=True)
     import torch
-    from accelerate import PartialState
 
+    from symphony_vlm.training.engine import check_engines
+    from symphony_vlm.training.launch import join_processes
     from symphony_vlm.training.stages import run_stage
 
-    processes = PartialState(cpu=not torch.cuda.is_available())
+    cpu = not torch.cuda.is_available()
+    if cpu:
+        # Accelerate imports DeepSpeed, if it is there, at the first save; untold it would warn that it finds no GPU.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    processes = join_processes(cpu=cpu, local_rank=local_rank)
+    check_engines(recipe)
     if not processes.is_main_process:
         console = Console(quiet=True)
     # Files are made by the first process; the others find them.

@@ -32,6 +32,7 @@ from symphony_vlm.training.batches import grouped_sampler, pack
 from symphony_vlm.training.callbacks import ExpertGraphUpdate, RoutingLog
 from symphony_vlm.training.consumption import SourcedConversations
 from symphony_vlm.training.contrastive import CaptionCollator, ContrastiveModel, caption_dataset, save_open_clip
+from symphony_vlm.training.engine import with_accumulation
 from symphony_vlm.training.features import CachedFeatures, fill_feature_cache
 from symphony_vlm.training.fitting import RunContext, fit, make_trainer, replace_folder
 from symphony_vlm.training.parts import assemble, keep_precision_, new_image_processor, new_language_model
@@ -53,7 +54,7 @@ def run_stage(stage: StageConfig, context: RunContext) -> None:
         "text": _run_text,
         "multimodal": _run_multimodal,
     }
-    kinds[stage.kind](stage, context)
+    kinds[stage.kind](with_accumulation(stage, PartialState().num_processes), context)
 
 
 def _run_contrastive(stage: StageConfig, context: RunContext) -> None:

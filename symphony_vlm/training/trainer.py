@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from symphony_vlm.text import nearest
 from symphony_vlm.training.averaging import WeightAverage
 from symphony_vlm.training.checkpoints import Checkpoints
 from symphony_vlm.training.consumption import NOTES, Consumption
+from symphony_vlm.training.engine import opening_accelerate
+from symphony_vlm.training.gathering import is_sharded
 from symphony_vlm.training.interruption import StopOnSignal
 from symphony_vlm.training.monitor import StageMonitor
 from symphony_vlm.training.streamed import StreamedConversations
@@ -154,6 +157,23 @@ class StageTrainer(Trainer):
             )
         return self.optimizer
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """As in transformers, and what accelerate must be told about the engine."""
+        with opening_accelerate(self.args):
+            super().create_accelerator_and_postprocess()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The weights of a checkpoint; DeepSpeed and FSDP2 write theirs with the optimizer, once is enough."""
+        if not is_sharded(self):
+            super().save_model(output_dir, _internal_call)
+
+    def open_finished(self, checkpoint: Path, max_steps: int) -> None:
+        """Puts a finished stage's last checkpoint into the model. `train` would go on with one more step."""
+        if is_sharded(self):
+            self._prepare_for_training(max_steps, self.get_train_dataloader(), str(checkpoint))
+        else:
+            self._load_from_checkpoint(str(checkpoint))
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return super()._get_train_sampler(train_dataset) if self._sampler is None else self._sampler
 
@@ -181,7 +201,8 @@ class StageTrainer(Trainer):
             self.monitor.throughput.take([batch[NOTES]["sizes"] for batch in batches])
         if self.consumption is not None:
             self.consumption.take(batches, self.state.global_step + 1)
-        return batches, num_items.clamp(min=1) if isinstance(num_items, Tensor) else num_items
+        # A whole number: FSDP2 casts every floating-point input of a model to 16 bits.
+        return batches, num_items.long().clamp(min=1) if isinstance(num_items, Tensor) else num_items
 
     def _get_output_dir(self, trial: Any) -> str:
         """Where the Trainer writes its checkpoints."""
@@ -220,7 +241,11 @@ class StageTrainer(Trainer):
     ) -> Any:
         """The model's own loss; its parts are added up for the log."""
         watch = self.monitor.divergence if self.monitor is not None and model.training else None
-        with nullcontext() if watch is None else watch.forward(self.state.global_step + 1):
+        # FSDP2 gives blocks their weights in 16 bits, but leaves alone what a model does between them.
+        autocast = torch.autocast(
+            self.args.device.type, torch.bfloat16, enabled=self.is_fsdp_enabled and self.args.bf16
+        )
+        with nullcontext() if watch is None else watch.forward(self.state.global_step + 1), autocast:
             loss, outputs = super().compute_loss(
                 model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
             )

@@ -46,6 +46,13 @@ def test_only_beside_others_does_a_batch_without_images_pass_a_blank_one(
     assert len(passes) == 1
 
 
+def test_a_batch_without_images_has_a_gradient_where_only_the_projector_trains(tiny_moe_model: Any) -> None:
+    tiny_moe_model.requires_grad_(False)
+    tiny_moe_model.projector.requires_grad_(True)
+    _text(tiny_moe_model.train()).backward()
+    assert all(p.grad is not None and not p.grad.any() for p in tiny_moe_model.projector.parameters())
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Gradients by step, of each of two processes and of a single one."""

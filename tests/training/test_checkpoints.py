@@ -284,18 +284,6 @@ def test_without_a_usable_checkpoint_there_is_none(tmp_path: Path) -> None:
     assert len(stage.said) == 2
 
 
-def test_another_number_of_processes_is_said(tmp_path: Path) -> None:
-    stage = Stage(tmp_path)
-    stage.save(4)
-    (tmp_path / "checkpoint-4" / "manifest.json").unlink()
-    write_manifest(tmp_path / "checkpoint-4", processes=8)
-    assert stage.checkpoints.last() == tmp_path / "checkpoint-4"
-    assert "written by 8 processes, continued by 1" in stage.said[0]
-
-
-# Kept in number.
-
-
 @pytest.mark.parametrize("keep", [1, 2, 3])
 def test_the_newest_stay(tmp_path: Path, keep: int) -> None:
     stage = Stage(tmp_path, keep=keep)
