@@ -44,19 +44,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("stage", help="the name of one of its multimodal stages")
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps (default 20)")
     parser.add_argument("--image-size", type=int, default=336, help="pixels of the generated pictures (default 336)")
+    parser.add_argument("--draw-on", default=None, help="device on which random weights are drawn (default: the GPU)")
     parser.add_argument("--json", type=Path, help="file to write")
     parser.add_argument("settings", nargs="*", help="key=value for the stage; model.KEY=VALUE for the model")
     options = parser.parse_intermixed_args(arguments)
     recipe = _only_stage(options.recipe, options.stage, options.settings, options.steps, options.image_size)
     with tempfile.TemporaryDirectory() as folder:
-        result = measure_stage(recipe, Path(folder))
+        result = measure_stage(recipe, Path(folder), options.draw_on)
     if options.json is not None:
         facts = provenance(recipe=recipe.name, stage=options.stage, device=result["device"])
         write_json(options.json, {"provenance": facts, "settings": options.settings, **result})
     print(json.dumps({key: value for key, value in result.items() if key != "losses"}, indent=1))
 
 
-def measure_stage(recipe: Recipe, folder: Path) -> dict[str, Any]:
+def measure_stage(recipe: Recipe, folder: Path, draw_on: str | None = None) -> dict[str, Any]:
     """Runs the recipe's one stage in `folder` and reads its log.
 
     Returns:
@@ -68,7 +69,7 @@ def measure_stage(recipe: Recipe, folder: Path) -> dict[str, Any]:
     context = open_run(recipe, folder, RunState(folder, recipe), Console(stderr=True))
     stage = with_accumulation(recipe.stages[0], 1)
     start = time.monotonic()
-    with torch.device(device):  # drawing billions of random weights takes minutes on a CPU
+    with torch.device(draw_on or device):  # drawing billions of random weights takes minutes on a CPU
         trainer, model = prepare_multimodal(stage, context)
     trainer.args.save_strategy = trainer.args.eval_strategy = "no"
     trainer.args.eval_on_start = False

@@ -272,7 +272,7 @@ class SymphonyVLMForConditionalGeneration(SymphonyPreTrainedModel, GenerationMix
         """Fixed random inputs for a proof of equal logits: one picture and some text (`moe.proof`)."""
         generator = torch.Generator().manual_seed(0)
         size = self.vision_tower.config.input_size
-        text = torch.randint(0, self.config.text_config.vocab_size, (1, 16), generator=generator)
+        text = torch.randint(0, self.config.text_config.vocab_size, (1, 16), generator=generator, device="cpu")
         # The placeholder's id stands for the picture alone.
         text[text == self.config.image_token_id] = (self.config.image_token_id + 1) % self.config.text_config.vocab_size
         num_tokens, num_tiles = self.config.num_image_tokens, 1
@@ -282,7 +282,7 @@ class SymphonyVLMForConditionalGeneration(SymphonyPreTrainedModel, GenerationMix
             num_tokens = self.tile_grid.num_tokens((size, 2 * size), num_tokens)
             num_tiles = self.tile_grid.num_tiles((size, 2 * size))
         picture = torch.full((1, num_tokens), self.config.image_token_id)
-        inputs["pixel_values"] = torch.randn(num_tiles, 3, size, size, generator=generator)
+        inputs["pixel_values"] = torch.randn(num_tiles, 3, size, size, generator=generator, device="cpu")
         inputs["input_ids"] = torch.cat([text[:, :4], picture, text[:, 4:]], dim=1)
         return {name: tensor.to(self.device) for name, tensor in inputs.items()}
 

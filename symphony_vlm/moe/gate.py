@@ -90,4 +90,4 @@ def make_gate(config: MoEConfig, hidden_size: int) -> LinearGate | CosineGate:
 def draw_normal_(weight: Tensor, generator: torch.Generator | None = None, *, std: float = 0.02) -> None:
     """Fills a weight with N(0, std), unless a checkpoint has already provided it."""
     if not getattr(weight, "_is_hf_initialized", False):
-        weight.copy_(std * torch.randn(weight.shape, generator=generator, dtype=torch.float32))
+        weight.copy_(std * torch.randn(weight.shape, generator=generator, dtype=torch.float32, device="cpu"))

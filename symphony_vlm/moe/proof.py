@@ -31,7 +31,7 @@ def logits_of_probe(model: PreTrainedModel) -> Tensor:
 def _probe_ids(model: PreTrainedModel) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     vocab_size = model.config.get_text_config().vocab_size
-    return {"input_ids": torch.randint(0, vocab_size, (2, 16), generator=generator).to(model.device)}
+    return {"input_ids": torch.randint(0, vocab_size, (2, 16), generator=generator, device="cpu").to(model.device)}
 
 
 def largest_difference(before: Tensor, after: Tensor) -> float:

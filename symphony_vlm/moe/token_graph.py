@@ -193,7 +193,7 @@ class SimilarityGraph(TokenGraph):
         hidden_size, rank = self.query.shape
         start_DR = torch.eye(hidden_size)
         if self.key is not None:
-            directions_DR = torch.linalg.qr(torch.randn(hidden_size, rank, generator=generator)).Q
+            directions_DR = torch.linalg.qr(torch.randn(hidden_size, rank, generator=generator, device="cpu")).Q
             start_DR = directions_DR * (hidden_size / rank) ** 0.5
         for weight in (self.query, self.key):
             if weight is not None and not getattr(weight, "_is_hf_initialized", False):

@@ -114,7 +114,7 @@ def _copy_to_experts(stacked: Tensor, slices: Tensor, noise: float, generator: t
     if noise > 0:
         width = noise * slices.float().std()
         for expert in stacked:
-            draw = torch.randn(expert.shape, generator=generator, dtype=torch.float32)
+            draw = torch.randn(expert.shape, generator=generator, dtype=torch.float32, device="cpu")
             expert += (width * draw.to(expert.device)).to(expert.dtype)
 
 
