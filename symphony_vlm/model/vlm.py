@@ -281,7 +281,7 @@ class SymphonyVLMForConditionalGeneration(SymphonyPreTrainedModel, GenerationMix
             inputs["image_sizes"] = torch.tensor([[size, 2 * size]])
             num_tokens = self.tile_grid.num_tokens((size, 2 * size), num_tokens)
             num_tiles = self.tile_grid.num_tiles((size, 2 * size))
-        picture = torch.full((1, num_tokens), self.config.image_token_id)
+        picture = torch.full((1, num_tokens), self.config.image_token_id, device="cpu")
         inputs["pixel_values"] = torch.randn(num_tiles, 3, size, size, generator=generator, device="cpu")
         inputs["input_ids"] = torch.cat([text[:, :4], picture, text[:, 4:]], dim=1)
         return {name: tensor.to(self.device) for name, tensor in inputs.items()}
