@@ -1,10 +1,10 @@
-"""The one exception for bad input from a person: files, records, settings, command lines."""
+"""The exception for bad input from a person (files, records, settings, command lines), and two ways a run can end."""
 
 from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["InputError"]
+__all__ = ["InputError", "SavingError", "Stopped"]
 
 
 class InputError(ValueError):
@@ -41,3 +41,20 @@ class InputError(ValueError):
 
 def _rebuild(problem: str, where: str | None, remedy: str | None, kind: str | None) -> InputError:
     return InputError(problem, where=where, remedy=remedy, kind=kind)
+
+
+class SavingError(OSError):
+    """A result could not be written, e.g. because the disk is full; the message says what to do. Exit code 1."""
+
+
+class Stopped(Exception):
+    """A run was asked to stop and has saved where it is.
+
+    Args:
+        message: what was saved and how to go on.
+        signal_number: of the signal that asked; the exit code is 128 more, as shells have it.
+    """
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number

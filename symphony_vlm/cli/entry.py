@@ -8,7 +8,7 @@ import sys
 import typer
 
 from symphony_vlm.cli.application import app
-from symphony_vlm.errors import InputError
+from symphony_vlm.errors import InputError, Stopped
 
 __all__ = ["main"]
 
@@ -36,6 +36,9 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         typer.secho(f"error: {error}", err=True, fg="red")
         sys.exit(2)
+    except Stopped as stopped:
+        typer.secho(str(stopped), err=True, fg="yellow")
+        sys.exit(stopped.exit_code)
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
     except (typer.Abort, KeyboardInterrupt):

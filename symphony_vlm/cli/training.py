@@ -1,4 +1,4 @@
-"""Commands that make models: the quickstart, training, upcycling, export."""
+"""Commands that make models: the quickstart, training, upcycling, merging adapters, export."""
 
 from __future__ import annotations
 
@@ -89,6 +89,23 @@ def upcycle(
     difference = upcycle_checkpoint(local_folder(model), output, settings, seed=seed, report=console().print)
     summary = {"max_logit_difference": difference, "output": str(output)}
     finish(summary, json_, f"largest difference of the logits: {difference:.2e}\nmodel: {output}")
+
+
+@app.command()
+def merge(
+    model: Annotated[str, typer.Option(help="Folder of a model with adapters or of a finished run, or a hub name.")],
+    output: Annotated[Path, typer.Option(help="Folder to create.")],
+    json_: Json = False,
+) -> None:
+    """Write the plain model of a LoRA stage, adapters and base in one, and prove that its logits are the same.
+
+    Example: symphony-vlm merge --model runs/lora --output merged
+    """
+    from symphony_vlm.model.merged_checkpoint import merge_checkpoint
+
+    difference = merge_checkpoint(model, output)
+    summary = {"max_logit_difference": difference, "output": str(output)}
+    finish(summary, json_, f"largest difference of the logits (fp32): {difference:.2e}\nmodel: {output}")
 
 
 @app.command()

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from symphony_vlm.config.lora import LoRAConfig
+from symphony_vlm.config.monitor import MonitorConfig
 from symphony_vlm.data.images import MAX_PIXELS
 from symphony_vlm.text import nearest
 
@@ -224,6 +226,9 @@ class StageConfig(_Schema):
     train: dict[str, float] = Field(default_factory=dict)
     """Peak learning rate by module (``vision_tower``, ``projector``, ``language_model``, or a longer prefix of
     parameter names, where ``*`` is any one part; the longest match wins); what is not named is frozen."""
+    lora: LoRAConfig | None = None
+    """Adapters on the language model instead of training its weights. The rates of `train` then hold for its adapters
+    and routers; other modules train in full."""
     upcycle: bool = False
     """Whether the dense language model becomes a mixture of experts before this stage."""
     template: str | None = None
@@ -260,12 +265,25 @@ class StageConfig(_Schema):
     group_by: Literal["none", "length", "modality_length"] = "none"
     """How batches are composed. none: at random. length: of samples of nearly equal length. modality_length: of samples
     that all have an image or all have none, with nearly as many tokens in each process (LLaVA-1.5)."""
+    expert_parallel_size: int = Field(default=1, gt=0)
+    """Processes that share the experts of every sparse layer out among them (docs/expert-parallel.md). Multimodal
+    stages with DistributedDataParallel only."""
     bf16: bool = False
     gradient_checkpointing: bool = False
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    """Keeps a moving average of what trains, in fp32, and validates and saves that instead of the last weights."""
+    compile: bool = False
+    """Whether torch.compile compiles the layers. It pays on a GPU with batches of nearly equal length."""
+    validate_at_start: bool = True
+    """Whether the validation loss is measured before the first step too."""
+    sample_generations: int = Field(default=0, ge=0, le=64)
+    """How many held-out questions are answered at each validation; see ``samples.jsonl`` in the stage's folder."""
     dataloader_workers: int = Field(default=0, ge=0)
     log_steps: int = Field(default=10, gt=0)
     save_fraction: float = Field(default=0.2, gt=0, le=1)
     """A checkpoint each time this share of the stage's steps is done."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """Newest checkpoints that stay. The disk needs room for one more: an old one goes once the new one is in place."""
 
     @property
     def roles(self) -> list[DataRole]:
@@ -286,10 +304,16 @@ class StageConfig(_Schema):
             raise ValueError("'independent_turns' and 'resize_mode' belong to multimodal stages")
         if self.kind != "multimodal" and (self.packing or self.group_by != "none"):
             raise ValueError("'packing' and 'group_by' belong to multimodal stages")
+        if self.kind != "multimodal" and self.expert_parallel_size > 1:
+            raise ValueError("'expert_parallel_size' belongs to multimodal stages")
         if self.cache_features and (self.kind != "multimodal" or any(n.startswith("vision_tower") for n in self.train)):
             raise ValueError("'cache_features' needs a multimodal stage in which the vision tower is frozen")
         if self.packing and self.group_by != "none":
             raise ValueError(f"'packing' makes rows of equal length; 'group_by: {self.group_by}' has nothing to group")
+        if self.kind != "multimodal" and (self.lora is not None or self.sample_generations):
+            raise ValueError("'lora' and 'sample_generations' belong to multimodal stages")
+        if self.lora is not None and not any(name.split(".")[0] == "language_model" for name in self.train):
+            raise ValueError("'lora' adapts the language model; give it a learning rate in 'train'")
         if self.packing and self.independent_turns:
             raise ValueError("'packing' and 'independent_turns' exclude each other: set one of them to false")
         return self
@@ -316,6 +340,8 @@ class Recipe(_Schema):
     model: ModelConfig
     data: DataConfig = DataConfig()
     stages: list[StageConfig] = Field(min_length=1)
+    monitor: MonitorConfig = MonitorConfig()
+    """Reports and warnings while training (``docs/monitoring.md``)."""
     evaluation: EvaluationConfig = EvaluationConfig()
 
     @model_validator(mode="after")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from symphony_vlm.data.sample import ImagePart, ImageRef, Message, TextPart
 from symphony_vlm.errors import InputError
@@ -29,6 +29,10 @@ class EvaluationItem:
     """What items about the same picture share; the unit of resampling."""
     group: str | None = None
     """Question type or source, for the breakdown."""
+    choices: tuple[str, ...] = ()
+    """Options of a multiple choice, A first."""
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    """What the benchmark's metrics need besides: split, category, whether there is an image."""
 
     @property
     def messages(self) -> list[Message]:
@@ -47,6 +51,8 @@ class Scored:
     parsed: str
     """What the rule made of the prediction."""
     status: ParseStatus = "ok"
+    lenient: float | None = None
+    """0 to 1 by the benchmark's forgiving rule, where it has one."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -87,6 +87,8 @@ class SymphonyVLMConfig(_AroundLanguageModel):
         grid_pinpoints: makes images tiles (*anyres*): the heights and widths in pixels to choose from, see
             `symphony_vlm.model.anyres`. The processor's setting must be the same.
         ignore_index: the label that the loss leaves out.
+        adapter: in a folder that holds adapters and not the whole model: which, and of what model, see
+            `symphony_vlm.model.adapters`. None in a model that is open.
     """
 
     model_type = "symphony_vlm"
@@ -101,6 +103,7 @@ class SymphonyVLMConfig(_AroundLanguageModel):
         num_image_tokens: int = 0,
         grid_pinpoints: Sequence[Sequence[int]] | None = None,
         ignore_index: int = -100,
+        adapter: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         if projector not in PROJECTORS:
@@ -118,6 +121,7 @@ class SymphonyVLMConfig(_AroundLanguageModel):
         self.num_image_tokens = num_image_tokens
         self.grid_pinpoints = None if grid_pinpoints is None else [list(size) for size in grid_pinpoints]
         self.ignore_index = ignore_index
+        self.adapter = adapter
         super().__init__(**kwargs)
 
     @property

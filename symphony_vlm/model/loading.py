@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from symphony_vlm.model.vlm import SymphonyVLMForConditionalGeneration
 
-__all__ = ["load", "load_language_model", "local_folder", "resolve_model_folder"]
+__all__ = ["adapter_record", "load", "load_language_model", "local_folder", "resolve_model_folder"]
 
 
 def resolve_model_folder(name: str | Path) -> str:
@@ -137,6 +137,25 @@ def model_type_of(folder: str) -> str | None:
     Raises:
         InputError: the file is no JSON object.
     """
+    values = _configuration(folder)
+    return None if values is None else str(values.get("model_type"))
+
+
+def adapter_record(name: str | Path) -> dict[str, Any] | None:
+    """``adapter`` in the config.json of a folder that holds adapters and not a whole model (`model.adapters`)."""
+    values = _configuration(name)
+    if values is None and not Path(name).exists():
+        from transformers.configuration_utils import PreTrainedConfig
+
+        try:
+            values = PreTrainedConfig.get_config_dict(str(name))[0]
+        except OSError:
+            return None  # whoever opens the model says what is wrong with the name
+    record: dict[str, Any] | None = (values or {}).get("adapter")
+    return record
+
+
+def _configuration(folder: str | Path) -> dict[str, Any] | None:
     file = Path(folder) / "config.json"
     if not file.is_file():
         return None
@@ -146,4 +165,4 @@ def model_type_of(folder: str) -> str | None:
         raise InputError(f"not valid JSON ({error})", where=str(file)) from error
     if not isinstance(values, dict):
         raise InputError("a configuration is a JSON object", where=str(file))
-    return str(values.get("model_type"))
+    return values

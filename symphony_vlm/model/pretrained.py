@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +13,11 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import ModelOutput
 
 from symphony_vlm.errors import InputError
+from symphony_vlm.model.adapters import Adapters, attach_saved_, merge_adapters_, trained_weights
+from symphony_vlm.model.base_model import find_base
+from symphony_vlm.model.loading import adapter_record, local_folder
 from symphony_vlm.model.loss import only_supervised_logits, targets_of, training_loss
+from symphony_vlm.moe.expert_parallel import refuse_shards
 from symphony_vlm.moe.recording import RoutingRecorder, sparse_layers
 
 __all__ = ["SymphonyOutput", "SymphonyPreTrainedModel"]
@@ -40,6 +45,8 @@ class SymphonyPreTrainedModel(PreTrainedModel):
     language_model: PreTrainedModel
     routing: RoutingRecorder | None
     """What the routers of the last forward pass decided; None for a dense model."""
+    adapters: Adapters | None = None
+    """Adapters that are not merged; such a model is saved without the weights of the model under them."""
 
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
@@ -106,21 +113,33 @@ class SymphonyPreTrainedModel(PreTrainedModel):
         for _, layer in sparse_layers(self):
             layer.reset(std=std)
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """As in transformers, but the weights keep their names and shapes.
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As in transformers, but the weights keep their names and shapes; of a model with adapters, what trained.
 
         The library's "original format" takes the stacked experts of a Mixtral apart, and its Trainer cannot put them
         together again when it resumes.
+
+        Raises:
+            InputError: the experts are shared out over ranks, and no whole `state_dict` is given.
         """
-        super().save_pretrained(*args, **kwargs | {"save_original_format": False})
+        if kwargs.get("state_dict") is None:
+            refuse_shards(self)
+        if self.adapters is not None:
+            self.config.adapter = self.adapters.record(Path(save_directory))
+            kwargs["state_dict"] = trained_weights(self, kwargs.get("state_dict"))
+        super().save_pretrained(save_directory, *args, **kwargs | {"save_original_format": False})
 
     @classmethod
     def from_pretrained(cls, name: str, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, but a missing, extra or misshapen weight is an error that names it.
 
         A graph missing from the checkpoint becomes the identity: that is how a plain router's checkpoint is opened
-        with a Symphony router.
+        with a Symphony router. A folder with adapters is opened with the model they belong to, and merged.
         """
+        if (record := adapter_record(name)) is not None:
+            opened = cls.with_adapters(name, record, *args, **kwargs)
+            merge_adapters_(opened[0] if isinstance(opened, tuple) else opened)
+            return opened
         wants_info = kwargs.pop("output_loading_info", False)
         # Transformers' own error for a mismatch names no weight; let it pass there and raise ours below.
         kwargs["ignore_mismatched_sizes"] = True
@@ -140,6 +159,25 @@ class SymphonyPreTrainedModel(PreTrainedModel):
             )
         _align_memory(model)
         return (model, info) if wants_info else model
+
+    @classmethod
+    def with_adapters(cls, name: str | Path, record: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """`from_pretrained` of a folder with adapters, but they are not merged.
+
+        Args:
+            name: the folder, or a hub name.
+            record: see `loading.adapter_record`.
+            args: for `from_pretrained` of the model under them.
+            kwargs: likewise.
+
+        Raises:
+            InputError: that model is not there, or they do not fit it.
+        """
+        folder = local_folder(name)
+        kwargs.pop("config", None)  # it says what has adapters; the model under them has its own
+        opened = cls.from_pretrained(str(find_base(record["base"], folder)), *args, **kwargs)
+        attach_saved_(opened[0] if isinstance(opened, tuple) else opened, folder, record)
+        return opened
 
 
 def _known(outputs: Any) -> dict[str, Any]:

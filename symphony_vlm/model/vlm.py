@@ -42,6 +42,7 @@ from symphony_vlm.model.turns import separate_turns
 from symphony_vlm.model.vision import VisionConfig, build_vision_tower
 from symphony_vlm.moe.configuration import MoEConfig
 from symphony_vlm.moe.documents import Documents
+from symphony_vlm.moe.expert_parallel import sharded_experts
 from symphony_vlm.moe.installation import install_moe_
 from symphony_vlm.moe.upcycle import upcycle_
 
@@ -191,7 +192,9 @@ class SymphonyVLMForConditionalGeneration(SymphonyPreTrainedModel, GenerationMix
         return parallel and self.training and torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
 
     def _vision_is_sharded(self) -> bool:
-        """Whether FSDP2 (which gives modules an ``unshard``) or ZeRO-3 has spread the tower or the projector."""
+        """Whether FSDP2 (which gives modules an ``unshard``), ZeRO-3 or expert parallelism has spread them."""
+        if any(next(sharded_experts(part), None) is not None for part in (self.vision_tower, self.projector)):
+            return True
         parameters = [*self.vision_tower.parameters(), *self.projector.parameters()]
         sharded = any(hasattr(parameter, "full_tensor") or hasattr(parameter, "ds_id") for parameter in parameters)
         return sharded or hasattr(self, "unshard")

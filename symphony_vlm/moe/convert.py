@@ -66,6 +66,12 @@ def upcycle_checkpoint(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError("the folder exists and is not empty", where=str(output), remedy="Give a new folder.")
     values = _read_json(source / "config.json")
+    if values.get("adapter"):
+        raise InputError(
+            "the folder has adapters and not a whole model",
+            where=str(source),
+            remedy=f"Merge them first: symphony-vlm merge --model {source} --output DIR.",
+        )
     is_vlm = values.get("model_type") == "symphony_vlm"
     auto_class: Any = AutoModelForImageTextToText if is_vlm else AutoModelForCausalLM
     try:

@@ -20,8 +20,21 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from symphony_vlm.errors import InputError
+from symphony_vlm.moe.token_exchange import ExpertShard, combine
 
 __all__ = ["Experts"]
+
+
+class _Cast:
+    """Experts with weights of another type, as autocast casts a linear layer's; gradients reach the originals."""
+
+    def __init__(self, experts: Experts, dtype: torch.dtype) -> None:
+        self._experts = experts
+        for name, parameter in experts.named_parameters():
+            setattr(self, name, parameter.to(dtype))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._experts, name)
 
 
 class Experts(nn.Module):
@@ -69,6 +82,8 @@ class Experts(nn.Module):
         super().__init__()
         self.has_gate, self.has_bias = gated, bias
         self.implementation = implementation
+        self.shard: ExpertShard | None = None
+        """Set where these are the experts of one rank of several (`expert_parallel.shard_experts_`)."""
         output_size = output_size or hidden_size
         up = "gate_up_proj" if gated else "up_proj"
         up_size = 2 * intermediate_size if gated else intermediate_size
@@ -83,7 +98,7 @@ class Experts(nn.Module):
 
     @property
     def num_experts(self) -> int:
-        """E."""
+        """E; of a shard, the experts of this rank."""
         return self.down_proj.shape[0]
 
     @property
@@ -107,12 +122,22 @@ class Experts(nn.Module):
         Raises:
             InputError: the chosen implementation does not exist, or cannot compute experts of this shape.
         """
+        if torch.is_autocast_enabled(x_TD.device.type):
+            x_TD = x_TD.to(torch.get_autocast_dtype(x_TD.device.type))
+        if self.shard is None:
+            return self._compute(x_TD, weights_TK, indices_TK)
+        total = self.num_experts * self.shard.size
+        return self.shard.forward(self._compute, x_TD, weights_TK, indices_TK, num_experts=total)
+
+    def _compute(self, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
         name = self.implementation
         if name == "auto":
             name = "grouped_mm" if x_TD.is_cuda and self._fits_grouped_mm(x_TD) else "segments"
         if name == "segments":
             return self._segments(x_TD, weights_TK, indices_TK)
-        output_TO: Tensor = self._registered(name)(self, x_TD, indices_TK, weights_TK)
+        # Autocast knows none of the grouped products: it would leave them in the precision of the weights.
+        experts: Any = _Cast(self, x_TD.dtype) if torch.is_autocast_enabled(x_TD.device.type) else self
+        output_TO: Tensor = self._registered(name)(experts, x_TD, indices_TK, weights_TK)
         return output_TO
 
     def _segments(self, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
@@ -131,11 +156,7 @@ class Experts(nn.Module):
             stacked += [self.up_bias, self.down_proj_bias]
         experts = zip(*(weight.unbind(0) for weight in stacked), strict=True)
         outputs_NO = torch.cat([self._expert(block, *parts) for block, parts in zip(blocks, experts, strict=True)])
-        # The sum over experts in fp32: weights that add up to 1 then give back what K equal experts agree on, in
-        # 16 bits too.
-        weighted_NO = outputs_NO * weights_TK.flatten()[order_N, None]
-        summed_TO = weighted_NO.new_zeros(len(x_TD), outputs_NO.shape[-1]).index_add(0, token_N, weighted_NO)
-        return summed_TO.to(x_TD.dtype)
+        return combine(outputs_NO, weights_TK, order_N, x_TD.dtype)
 
     def _expert(
         self, x: Tensor, up: Tensor, down: Tensor, up_bias: Tensor | None = None, down_bias: Tensor | None = None

@@ -15,6 +15,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from symphony_vlm.errors import InputError
 from symphony_vlm.moe.configuration import MoEConfig
+from symphony_vlm.moe.expert_parallel import refuse_shards
 from symphony_vlm.moe.feed_forward import Placement, is_native_moe, placements, recognise
 from symphony_vlm.moe.layer import SparseMoE
 from symphony_vlm.moe.recording import RoutingRecorder
@@ -164,8 +165,11 @@ class SaveWithSparseLayers:
         """As ``PreTrainedModel.save_pretrained``.
 
         Raises:
-            InputError: `push_to_hub` was given, which would send the dense configuration.
+            InputError: `push_to_hub` was given, which would send the dense configuration; or the experts are shared out
+                over ranks, and no whole `state_dict` is given.
         """
+        if kwargs.get("state_dict") is None:
+            refuse_shards(self._model)
         if kwargs.get("push_to_hub"):
             raise InputError(
                 "a model converted in place is sent when it is complete",

@@ -20,7 +20,10 @@ from symphony_vlm.moe.gate import make_gate
 from symphony_vlm.moe.precision import KeepsPrecision
 from symphony_vlm.moe.token_graph import make_token_graph
 
-__all__ = ["Router", "RouterOutput", "make_router", "register_router"]
+__all__ = ["NOT_FINITE", "Router", "RouterOutput", "make_router", "register_router"]
+
+NOT_FINITE = "the router's logits are not finite"
+"""Part of the message with which a router refuses to route."""
 
 
 class RouterOutput(NamedTuple):
@@ -129,7 +132,7 @@ class Router(KeepsPrecision):
     @property
     def _not_finite(self) -> str:
         return (
-            f"{self.layer_name}: the router's logits are not finite; training has diverged. "
+            f"{self.layer_name}: {NOT_FINITE}; training has diverged. "
             "Lower the learning rate, or raise moe.z_loss_weight."
         )
 

@@ -22,9 +22,14 @@ Key = TypeVar("Key")
 
 
 class LoadStatistics:
-    """Load, gate and entropy sums per layer since the last `read`. Adding never synchronises with the host."""
+    """Load, gate and entropy sums per layer since the last `read`. Adding never synchronises with the host.
+
+    Several readers can have intervals of their own, each under a name.
+    """
 
     def __init__(self) -> None:
+        # By reader, what was taken off the device since its last call.
+        self._pending: dict[str, dict[int | str, Tensor]] = {}
         # By layer: load [E], gate [E], entropy, tokens, one after the other.
         self._sums: dict[int | str, Tensor] = {}
 
@@ -39,15 +44,23 @@ class LoadStatistics:
         new = facts.sum(0) if token_mask_T is None else token_mask_T.to(facts.dtype) @ facts
         self._sums[layer] = self._sums[layer] + new if layer in self._sums else new
 
-    def read(self) -> dict[int | str, dict[str, object]]:
+    def read(self, reader: str = "log") -> dict[int | str, dict[str, object]]:
         """The statistics by layer, of all data-parallel processes together (so every one must call), and a fresh start.
+
+        Args:
+            reader: whose interval ends. That of a new one has begun with the first pass that nobody has read.
 
         Each layer: ``load`` (share of the selected slots per expert), ``load_cv`` (its coefficient of variation),
         ``gate_entropy`` (entropy of the mean gate, nats), ``token_entropy`` (mean entropy per token, nats), ``tokens``.
         Entropies are those of the softmax of the gate's logits, before any graph.
         """
-        sums = {layer: values.cpu() for layer, values in self._sums.items()}
+        self._pending.setdefault(reader, {})
+        for layer, values in self._sums.items():
+            new = values.cpu().double()
+            for held in self._pending.values():
+                held[layer] = held[layer] + new if layer in held else new
         self._sums = {}
+        sums, self._pending[reader] = self._pending[reader], {}
         result: dict[int | str, dict[str, object]] = {}
         for layer, values in sum_over_processes(sums).items():
             load_E, gate_E, (entropy, tokens) = values.split([(len(values) - 2) // 2] * 2 + [2])

@@ -3,33 +3,24 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from symphony_vlm.files import write_json, write_text
+from symphony_vlm.files import sync_file, write_json, write_text
 from symphony_vlm.moe.expert_graph import update_expert_graphs
 from symphony_vlm.moe.recording import RoutingRecorder
 from symphony_vlm.moe.statistics import GraphDrift, graph_statistics
+from symphony_vlm.training.checkpoints import checkpoint_folder
 
 __all__ = [
-    "COMPLETE_MARK",
-    "CheckpointMark",
     "ExpertGraphUpdate",
     "JsonLog",
-    "ProgressDisplay",
     "RoutingLog",
     "cut_log",
 ]
-
-COMPLETE_MARK = "COMPLETE"
-"""File written into a checkpoint when all its other files are there. A kill while saving leaves none."""
 
 
 class ExpertGraphUpdate(TrainerCallback):
@@ -39,19 +30,6 @@ class ExpertGraphUpdate(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         update_expert_graphs(kwargs["model"])
-
-
-class CheckpointMark(TrainerCallback):
-    """Marks finished checkpoints and reports the step that a restart would continue from."""
-
-    def __init__(self, saved: Callable[[int], None]) -> None:
-        self._saved = saved
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        PartialState().wait_for_everyone()  # each process writes its own random state
-        if state.is_world_process_zero:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE_MARK).touch()
-            self._saved(state.global_step)
 
 
 class JsonLog(TrainerCallback):
@@ -69,7 +47,9 @@ class JsonLog(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero:
-            cut_log(self._path, lambda entry: entry["stage"] != self._stage or entry["step"] <= state.global_step)
+            # Of a stage that begins anew nothing stays, not even the validation before its first step.
+            last = state.global_step or -1
+            cut_log(self._path, lambda entry: entry["stage"] != self._stage or entry["step"] <= last)
 
     def on_log(
         self,
@@ -85,6 +65,11 @@ class JsonLog(TrainerCallback):
             entry = {"stage": self._stage, "step": state.global_step, **numbers}
             with self._path.open("a") as file:
                 file.write(json.dumps(entry) + "\n")
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # A restart from the checkpoint does not write these lines again.
+        if self._path.is_file():
+            sync_file(self._path)
 
 
 def cut_log(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
@@ -155,7 +140,8 @@ class RoutingLog(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero and self._entry:
-            write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / "routing.json", self._entry)
+            sync_file(self._path)
+            write_json(checkpoint_folder(args, state) / "routing.json", self._entry)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -170,61 +156,3 @@ def _scalars(entry: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
         for name, values in entry[part].items():
             short = str(name).removesuffix(".router.expert_graph")
             yield from ((f"{key}/{short}", value) for key, value in values.items() if isinstance(value, float))
-
-
-class ProgressDisplay(TrainerCallback):
-    """A progress bar with rate and time left on a terminal, a plain line every few seconds otherwise."""
-
-    def __init__(self, console: Console, stage: str, *, seconds_between_lines: float = 15.0) -> None:
-        self._console = console
-        self._stage = stage
-        self._pause = seconds_between_lines
-        self._bar: Progress | None = None
-        self._task: Any = None
-        self._loss = float("nan")
-        self._start = self._last = 0.0
-        self._first_step = 0
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._start, self._first_step = time.monotonic(), state.global_step
-        self._last = self._start
-        if not state.is_world_process_zero:
-            return
-        if self._console.is_terminal:
-            columns = ("[bold]{task.description}", BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
-            self._bar = Progress(*columns, TimeRemainingColumn(), console=self._console)
-            self._bar.start()
-            self._task = self._bar.add_task(self._stage, total=state.max_steps, completed=state.global_step, note="")
-        elif state.global_step:
-            self._console.print(f"{self._stage}: continuing after step {state.global_step}")
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if not state.is_world_process_zero:
-            return
-        now = time.monotonic()
-        rate = (state.global_step - self._first_step) / max(now - self._start, 1e-9)
-        note = f"loss {self._loss:.3f}  {rate:.1f} steps/s"
-        if self._bar is not None:
-            self._bar.update(self._task, completed=state.global_step, note=note)
-        elif now - self._last >= self._pause or state.global_step == state.max_steps:
-            self._last = now
-            left = (state.max_steps - state.global_step) / max(rate, 1e-9)
-            self._console.print(f"{self._stage}: step {state.global_step}/{state.max_steps}  {note}  {left:.0f} s left")
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        self._loss = (logs or {}).get("loss", self._loss)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()

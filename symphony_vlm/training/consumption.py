@@ -19,8 +19,10 @@ from symphony_vlm.data.collator import ConversationDataset, EncodedSample
 from symphony_vlm.data.mixture import SampleList
 from symphony_vlm.data.streaming import SKIP_REMEDY
 from symphony_vlm.errors import InputError
-from symphony_vlm.files import write_json
+from symphony_vlm.files import sync_file, write_json
+from symphony_vlm.training.batch_sizes import batch_sizes
 from symphony_vlm.training.callbacks import cut_log
+from symphony_vlm.training.checkpoints import checkpoint_folder
 
 __all__ = ["NOTES", "Consumption", "SourcedConversations", "TaggedCollator"]
 
@@ -52,14 +54,15 @@ class TaggedCollator:
         self._collate = collate
 
     def __call__(self, items: Sequence[Any]) -> dict[str, Any]:
-        """The batch, and under `NOTES` the sources of its records, their faults, and the stream's position after it."""
+        """The batch, and under `NOTES` its records' sources and faults, the stream's position after it, its size."""
         records = [record for item in items for record in (item if isinstance(item, list) else [item])]
         notes = {
             "sources": [source for record in records for source in record.get("sources", [])],
             "faults": [record["fault"] for record in records if record.get("fault")],
             "position": max((record["position"] + 1 for record in records if "position" in record), default=0),
         }
-        return {**self._collate(items), NOTES: notes}
+        batch = self._collate(items)
+        return {**batch, NOTES: {**notes, "sizes": batch_sizes(records, batch)}}
 
 
 class Consumption(TrainerCallback):
@@ -156,7 +159,8 @@ class Consumption(TrainerCallback):
         self._new.zero_()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._faults_path().is_file():
+            sync_file(self._faults_path())
         if state.is_world_process_zero:
             values = {"records_seen": self.records_seen, "records_skipped": int(self._totals[-1])}
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            write_json(folder / FILE, {**values, "position": self.position})
+            write_json(checkpoint_folder(args, state) / FILE, {**values, "position": self.position})

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import shutil
+import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,20 +19,28 @@ from accelerate import PartialState
 from rich.console import Console
 from torch import nn
 from transformers import TrainerCallback, TrainerState, TrainingArguments
-from transformers.integrations import TensorBoardCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
 from symphony_vlm.config.recipe import Recipe, StageConfig
 from symphony_vlm.data.grouping import EpochSampler
 from symphony_vlm.data.placeholders import PaddedDataset
-from symphony_vlm.errors import InputError
+from symphony_vlm.errors import InputError, SavingError, Stopped
+from symphony_vlm.files import replacing_folder
+from symphony_vlm.moe.expert_parallel import shard_experts_, unshard_experts_
+from symphony_vlm.training.averaging import WeightAverage
 from symphony_vlm.training.batches import random_sampler
-from symphony_vlm.training.callbacks import CheckpointMark, JsonLog, ProgressDisplay
+from symphony_vlm.training.callbacks import JsonLog
+from symphony_vlm.training.checkpoints import Checkpoints, step_of
+from symphony_vlm.training.compilation import compile_layers_
 from symphony_vlm.training.consumption import Consumption, TaggedCollator
+from symphony_vlm.training.expert_parallel import ExpertParallelTrainer
+from symphony_vlm.training.monitor import StageMonitor
+from symphony_vlm.training.reporting import reporters
 from symphony_vlm.training.run_data import RunData
-from symphony_vlm.training.run_state import RunState, last_checkpoint
+from symphony_vlm.training.run_state import RunState
 from symphony_vlm.training.streamed import StreamedConversations
 from symphony_vlm.training.trainer import StageTrainer
+from symphony_vlm.training.writing import attempt, first_failure, free_bytes, size_text
 
 __all__ = ["RunContext", "fit", "make_trainer", "replace_folder"]
 
@@ -89,8 +98,6 @@ def make_trainer(
         labels: names of the samples' sources.
         pad_token_id: what a placeholder consists of.
     """
-    from torch.utils.tensorboard import SummaryWriter
-
     folder = context.folder / stage.name
     folder.mkdir(parents=True, exist_ok=True)
     has_validation = validation is not None and len(validation) > 0
@@ -105,6 +112,10 @@ def make_trainer(
             train = PaddedDataset(train, multiple=multiple, pad_token_id=pad_token_id)
             sampler = sampler.padded(len(train))
     report = partial(context.console.print, markup=False)
+    monitor = StageMonitor(
+        stage, context.recipe.monitor, model, folder, context.console,
+        last_saved=lambda: context.state.get(stage.name).get("step", 0),
+    )  # fmt: skip
     consumption = Consumption(labels, folder, on_bad_sample=context.recipe.data.on_bad_sample, report=report)
     # Checkpoints fall on log steps, so that a log line never spans an interruption.
     save_steps = max(1, round(stage.save_fraction * steps / stage.log_steps)) * stage.log_steps
@@ -128,9 +139,9 @@ def make_trainer(
         logging_nan_inf_filter=False,
         eval_strategy="steps" if has_validation else "no",
         eval_steps=save_steps,
+        eval_on_start=has_validation and stage.validate_at_start,
         save_strategy="steps",
         save_steps=save_steps,
-        save_total_limit=2,
         prediction_loss_only=True,
         seed=context.recipe.seed,
         data_seed=context.recipe.seed,
@@ -145,7 +156,13 @@ def make_trainer(
         ignore_data_skip=streaming,
         use_cpu=not torch.cuda.is_available(),
     )
-    trainer = StageTrainer(
+    trainer_class = StageTrainer
+    if stage.expert_parallel_size > 1:
+        # Before the optimizer is built, and before the model goes to its device, where all experts may have no place.
+        shard_experts_(model, stage.expert_parallel_size)
+        trainer_class = ExpertParallelTrainer
+    average = None if stage.ema_decay is None else WeightAverage(stage.ema_decay)
+    trainer = trainer_class(
         model=model,
         args=arguments,
         train_dataset=train,
@@ -153,44 +170,83 @@ def make_trainer(
         data_collator=TaggedCollator(collate),
         rates=rates,
         consumption=consumption,
+        checkpoints=Checkpoints(
+            folder,
+            keep=stage.keep_checkpoints,
+            report=report,
+            saved=lambda step: context.state.set(stage.name, step=step, records_seen=consumption.records_seen),
+        ),
         sampler=sampler,
+        average=average,
+        monitor=monitor,
         callbacks=[
             *callbacks,
+            *([] if average is None else [average]),
+            *monitor.callbacks,
             consumption,
             JsonLog(context.folder / "log.jsonl", stage.name),
-            CheckpointMark(
-                lambda step: context.state.set(stage.name, step=step, records_seen=consumption.records_seen)
-            ),
-            TensorBoardCallback(SummaryWriter(str(context.folder / "tensorboard" / stage.name))),
-            ProgressDisplay(context.console, stage.name),
+            *reporters(stage.name, context.recipe, context.folder, context.state),
+            monitor.display,
         ],
     )
     _drop_default_printer(trainer)
+    if stage.compile:
+        compile_layers_(model, arguments.device)
     saves = max(1, steps // save_steps)
     context.console.print(f"[bold]{stage.name}[/]: {steps} steps, a checkpoint every {save_steps} ({saves} planned)")
     return trainer
 
 
 def fit(trainer: StageTrainer, stage: StageConfig, context: RunContext) -> None:
-    """Trains a stage to its end, from its last checkpoint if there is one."""
-    with PartialState().main_process_first():
-        checkpoint = last_checkpoint(context.folder / stage.name)
+    """Trains a stage to its end, from its last checkpoint if there is one.
+
+    Raises:
+        Stopped: a signal asked for it.
+    """
+    assert trainer.checkpoints is not None
+    checkpoint = trainer.checkpoints.last()
     known = context.state.get(stage.name)
-    context.state.set(stage.name, status="running", step=int(checkpoint.name.split("-")[1]) if checkpoint else 0)
+    context.state.set(stage.name, status="running", step=step_of(checkpoint) if checkpoint else 0)
     if checkpoint and trainer.consumption is not None:
         trainer.consumption.restore(checkpoint)
+        context.state.set(stage.name, records_seen=trainer.consumption.records_seen)
         if isinstance(trainer.train_dataset, StreamedConversations):
             trainer.train_dataset.start = trainer.consumption.position
+    if checkpoint:
+        trainer.args.eval_on_start = False  # the log has it already
+        if trainer.average is not None:
+            trainer.average.restore(checkpoint)
     start = time.monotonic()
     if checkpoint and _is_last(checkpoint):
         # Killed after the last step, before the model was saved. The Trainer would train one more step.
         trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         trainer._load_from_checkpoint(str(checkpoint))
     else:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        shown = nullcontext() if trainer.monitor is None else trainer.monitor.shown()
+        with trainer.stop.listening(), shown:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = round(known.get("seconds", 0.0) + time.monotonic() - start, 1)
+    number = trainer.stop.number(trainer.args.device)
+    if number:
+        raise _stopped(stage.name, number, trainer, context, seconds)
+    if trainer.average is not None:
+        trainer.average.apply_(trainer.model)
+    unshard_experts_(trainer.model)  # whoever saves the result finds all of it
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     context.state.set(stage.name, step=trainer.state.global_step, loss=losses[-1], seconds=seconds)
+
+
+def _stopped(stage: str, number: int, trainer: StageTrainer, context: RunContext, seconds: float) -> Stopped:
+    assert trainer.checkpoints is not None
+    context.state.set(stage, seconds=seconds)
+    last = trainer.checkpoints.last()
+    place = f"{stage} from step {step_of(last)}" if last else f"{stage} from its beginning"
+    name = signal.Signals(number).name
+    return Stopped(
+        f"stopped by {name} after step {trainer.state.global_step} of {stage}; "
+        f"the same command again continues {place}",
+        number,
+    )
 
 
 def _is_last(checkpoint: Path) -> bool:
@@ -199,15 +255,22 @@ def _is_last(checkpoint: Path) -> bool:
 
 
 def replace_folder(folder: Path, save: Callable[[Path], None]) -> None:
-    """Saves next to the target and renames: a folder called ``model`` is always complete."""
-    processes = PartialState()
-    if processes.is_main_process:
-        temporary = folder.with_name(".model.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        save(temporary)
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
-    processes.wait_for_everyone()
+    """Saves next to the target and renames: a folder called ``model`` is always complete.
+
+    Raises:
+        SavingError: it could not be written; what was there before is still there.
+    """
+
+    def replace() -> None:
+        with replacing_folder(folder) as temporary:
+            save(temporary)
+
+    failure = first_failure(attempt(replace) if PartialState().is_main_process else None)
+    if failure:
+        raise SavingError(
+            f"{folder}: the model could not be saved ({failure}); {size_text(free_bytes(folder))} are free there. "
+            "Free some space on that disk and run the same command again: it continues from the last checkpoint."
+        )
 
 
 def _total_steps(stage: StageConfig, num_samples: int, drop_last: bool) -> int:

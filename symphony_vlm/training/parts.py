@@ -218,11 +218,9 @@ def keep_precision_(model: torch.nn.Module, *, bf16: bool) -> None:
     A 16-bit weight does not move when a step is smaller than a thousandth of it, as at a rate of 2e-5 most are; and its
     optimizer would keep its averages in 16 bits. What is frozen may stay as it is where autocast (`bf16`) joins it.
     """
-    if not bf16:
-        model.float()
-    for parameter in model.parameters():
-        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
-            parameter.data = parameter.data.float()
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.dtype in (torch.bfloat16, torch.float16) and (tensor.requires_grad or not bf16):
+            tensor.data = tensor.data.float()
 
 
 def _from_hub(auto_class: Any, name: str, where: str) -> Any:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from symphony_vlm.config.recipe import Recipe
-from symphony_vlm.files import write_json
+from symphony_vlm.files import replacing_folder, write_json
 from symphony_vlm.training.provenance import provenance
 from symphony_vlm.training.run_data import open_run_data
 from symphony_vlm.training.run_state import RunState
@@ -47,6 +47,8 @@ def train(recipe: Recipe, output: Path, *, console: Console | None = None) -> Tr
 
     Raises:
         InputError: the data or the settings cannot be used, or the folder holds another recipe's run.
+        SavingError: a stage's model could not be saved.
+        Stopped: SIGTERM or SIGINT came while a stage trained; a checkpoint is saved.
     """
     console = console or Console(stderr=True)
     import torch
@@ -63,7 +65,7 @@ def train(recipe: Recipe, output: Path, *, console: Console | None = None) -> Tr
         if all(state.is_done(stage.name) for stage in recipe.stages):
             console.print(f"{output}: every stage is done", markup=False)
             return _result(recipe, output, state)
-        context = _open(recipe, output, state, console)
+        context = open_run(recipe, output, state, console)
     for stage in recipe.stages:
         if not state.is_done(stage.name):
             run_stage(stage, context)
@@ -75,11 +77,13 @@ def train(recipe: Recipe, output: Path, *, console: Console | None = None) -> Tr
     return _result(recipe, output, state)
 
 
-def _open(recipe: Recipe, output: Path, state: RunState, console: Console) -> RunContext:
+def open_run(recipe: Recipe, output: Path, state: RunState, console: Console) -> RunContext:
     """Checks the recipe, opens the data and the tokenizer, and records where the result comes from."""
     from symphony_vlm.training.fitting import RunContext
     from symphony_vlm.training.parts import check_architectures, check_templates, open_tokenizer
+    from symphony_vlm.training.reporting import check_reporters
 
+    check_reporters(recipe.monitor)
     check_architectures(recipe.model)
     # Names and records may hold [/INST] and the like, which the console would take for markup.
     data = open_run_data(recipe, output, partial(console.print, markup=False))
@@ -144,4 +148,5 @@ def _link_model(output: Path, last_stage: str) -> None:
     try:
         link.symlink_to(Path(last_stage) / "model", target_is_directory=True)
     except OSError:  # file systems without links
-        shutil.copytree(output / last_stage / "model", link)
+        with replacing_folder(link) as temporary:
+            shutil.copytree(output / last_stage / "model", temporary)

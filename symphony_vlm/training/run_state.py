@@ -13,9 +13,8 @@ import yaml
 from symphony_vlm.config.recipe import Recipe
 from symphony_vlm.errors import InputError
 from symphony_vlm.files import write_json, write_text
-from symphony_vlm.training.callbacks import COMPLETE_MARK
 
-__all__ = ["RunState", "last_checkpoint"]
+__all__ = ["RunState"]
 
 
 class RunState:
@@ -110,14 +109,3 @@ def _differences(old: Any, new: Any, path: str = "") -> list[str]:
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         return [d for i, (a, b) in enumerate(zip(old, new, strict=True)) for d in _differences(a, b, f"{path}.{i}")]
     return [] if old == new else [f"{path} ({old!r} before, {new!r} now)"]
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest finished checkpoint of a stage; unfinished ones (killed while saving) are removed."""
-    complete: list[tuple[int, Path]] = []
-    for path in folder.glob("checkpoint-*"):
-        if (path / COMPLETE_MARK).is_file():
-            complete.append((int(path.name.rpartition("-")[2]), path))
-        else:
-            shutil.rmtree(path)
-    return max(complete)[1] if complete else None

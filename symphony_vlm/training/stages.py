@@ -27,6 +27,7 @@ from symphony_vlm.model.image_processor import SymphonyImageProcessor
 from symphony_vlm.model.processor import SymphonyVLMProcessor
 from symphony_vlm.model.vlm import SymphonyVLMForConditionalGeneration
 from symphony_vlm.moe.configuration import MoEConfig
+from symphony_vlm.training.adapting import adapt_, own_base
 from symphony_vlm.training.batches import grouped_sampler, pack
 from symphony_vlm.training.callbacks import ExpertGraphUpdate, RoutingLog
 from symphony_vlm.training.consumption import SourcedConversations
@@ -36,9 +37,10 @@ from symphony_vlm.training.fitting import RunContext, fit, make_trainer, replace
 from symphony_vlm.training.parts import assemble, keep_precision_, new_image_processor, new_language_model
 from symphony_vlm.training.streamed import streamed
 from symphony_vlm.training.text import TextBlocks
-from symphony_vlm.training.trainer import freeze_except
+from symphony_vlm.training.trainer import StageTrainer, freeze_except
+from symphony_vlm.training.validation import SampleLog, held_out_questions
 
-__all__ = ["run_stage"]
+__all__ = ["prepare_multimodal", "run_stage"]
 
 logger = logging.getLogger(__name__)
 
@@ -109,14 +111,30 @@ def _run_text(stage: StageConfig, context: RunContext) -> None:
 
 
 def _run_multimodal(stage: StageConfig, context: RunContext) -> None:
-    train, validation = context.data.get(stage)
-    model = _starting_model(stage, context)
+    trainer, model = prepare_multimodal(stage, context)
+    with attention_by_document(model.language_model) if stage.packing else nullcontext():
+        fit(trainer, stage, context)
     processor = model.processor
     assert processor is not None
-    if stage.upcycle:
-        assert context.recipe.model.moe is not None
-        model.upcycle_(MoEConfig.from_dict(context.recipe.model.moe), seed=context.recipe.seed)
+
+    def save(folder: Path) -> None:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+
+    replace_folder(context.model_folder(stage.name), save)
+
+
+def prepare_multimodal(
+    stage: StageConfig, context: RunContext
+) -> tuple[StageTrainer, SymphonyVLMForConditionalGeneration]:
+    """A multimodal stage up to its first step: its trainer, and the model in it."""
+    train, validation = context.data.get(stage)
+    model, saved = _starting_model(stage, context)
+    processor = model.processor
+    assert processor is not None
     freeze_except(model, stage.train)
+    if stage.lora is not None:
+        adapt_(model, stage.lora, stage, context, saved)
     keep_precision_(model, bf16=stage.bf16)
     load_rgb = partial(load_image, max_pixels=context.recipe.data.max_pixels)
     image_processor = _image_processor(processor, stage)
@@ -153,17 +171,15 @@ def _run_multimodal(stage: StageConfig, context: RunContext) -> None:
     callbacks: list[TrainerCallback] = [ExpertGraphUpdate()]
     if model.routing is not None:
         # A folder of its own: TensorBoard follows one growing file per folder.
-        board = context.folder / "tensorboard" / stage.name / "routing"
+        reports = context.recipe.monitor.report_to
+        board = context.folder / "tensorboard" / stage.name / "routing" if "tensorboard" in reports else None
         callbacks.append(RoutingLog(context.folder / stage.name / "routing.jsonl", model.routing, tensorboard=board))
+    if questions := held_out_questions(validation, stage.sample_generations):
+        board = context.folder / "tensorboard" / stage.name / "samples"
+        path = context.folder / stage.name / "samples.jsonl"
+        callbacks.append(SampleLog(path, questions, template=stage.template, load=load_rgb, tensorboard=board))
     trainer = make_trainer(stage, context, model, **parts, rates=stage.train, callbacks=callbacks, pad_token_id=pad)
-    with attention_by_document(model.language_model) if stage.packing else nullcontext():
-        fit(trainer, stage, context)
-
-    def save(folder: Path) -> None:
-        model.save_pretrained(folder)
-        processor.save_pretrained(folder)
-
-    replace_folder(context.model_folder(stage.name), save)
+    return trainer, model
 
 
 def _image_processor(processor: SymphonyVLMProcessor, stage: StageConfig) -> SymphonyImageProcessor:
@@ -195,19 +211,32 @@ def _cached_features(
     return fill_feature_cache(model.vision_tower, image_processor, samples, folder, context.console, load=load)
 
 
-def _starting_model(stage: StageConfig, context: RunContext) -> SymphonyVLMForConditionalGeneration:
-    """The last multimodal stage's model, the recipe's ``model.start``, or the parts put together."""
-    from symphony_vlm.model.loading import load
+def _starting_model(
+    stage: StageConfig, context: RunContext
+) -> tuple[SymphonyVLMForConditionalGeneration, str | Path | None]:
+    """The last multimodal stage's model, the recipe's ``model.start``, or the parts put together; perhaps upcycled.
 
+    Also the folder or hub name where exactly this model is saved, if it is.
+    """
+    from symphony_vlm.model.loading import load, resolve_model_folder
+
+    if stage.lora is not None and (base := own_base(stage, context)).is_dir():
+        return load(base, device="cpu"), base
     earlier = context.earlier(stage, "multimodal") or context.recipe.model.start
     if earlier is not None:
-        return load(earlier, device="cpu")
-    return assemble(
-        context.recipe.model,
-        context.tokenizer,
-        encoder=context.earlier(stage, "contrastive"),
-        language=context.earlier(stage, "text"),
-    )
+        model = load(earlier, device="cpu")
+    else:
+        model = assemble(
+            context.recipe.model,
+            context.tokenizer,
+            encoder=context.earlier(stage, "contrastive"),
+            language=context.earlier(stage, "text"),
+        )
+    if stage.upcycle:
+        assert context.recipe.model.moe is not None
+        model.upcycle_(MoEConfig.from_dict(context.recipe.model.moe), seed=context.recipe.seed)
+        return model, None
+    return model, None if earlier is None else resolve_model_folder(earlier)
 
 
 def _encode(processor: SymphonyVLMProcessor, stage: StageConfig, sample: Sample) -> Any:

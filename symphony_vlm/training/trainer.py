@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainerState
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
 from symphony_vlm.data.conversation import IGNORE_INDEX
 from symphony_vlm.data.grouping import EpochSampler
 from symphony_vlm.errors import InputError
 from symphony_vlm.moe.statistics import sum_over_processes
 from symphony_vlm.text import nearest
+from symphony_vlm.training.averaging import WeightAverage
+from symphony_vlm.training.checkpoints import Checkpoints
 from symphony_vlm.training.consumption import NOTES, Consumption
+from symphony_vlm.training.interruption import StopOnSignal
+from symphony_vlm.training.monitor import StageMonitor
 from symphony_vlm.training.streamed import StreamedConversations
+from symphony_vlm.training.validation import undisturbed
 
 __all__ = ["EpochOrder", "StageTrainer", "freeze_except", "parameter_groups"]
 
@@ -74,6 +80,14 @@ def _share_of_step(labels: Tensor, num_items_in_batch: Tensor | int | None) -> T
     return 1.0 if num_items_in_batch is None else (labels[:, 1:] != IGNORE_INDEX).sum() / num_items_in_batch
 
 
+def _checkpoint_bytes(model: nn.Module) -> int:
+    """Of the weights, and of AdamW's two moments of those that train. ZeRO-3 has the numbers elsewhere."""
+    return sum(
+        getattr(weight, "ds_numel", weight.numel()) * weight.element_size() * (3 if weight.requires_grad else 1)
+        for weight in model.parameters()
+    )
+
+
 class EpochOrder(TrainerCallback):
     """Tells a sampler which epoch begins.
 
@@ -96,7 +110,13 @@ class StageTrainer(Trainer):
         rates: learning rate by module prefix; the empty prefix matches everything.
         sampler: the order of the training samples; None: at random.
         consumption: counts the records that are trained on.
+        average: of the weights, which validation then uses.
+        monitor: watches speed and finiteness.
+        checkpoints: saves them; None: as the Trainer does.
+        callbacks: what happens beside.
     """
+
+    control: TrainerControl
 
     def __init__(
         self,
@@ -104,15 +124,23 @@ class StageTrainer(Trainer):
         rates: Mapping[str, float],
         sampler: EpochSampler | None = None,
         consumption: Consumption | None = None,
+        average: WeightAverage | None = None,
+        monitor: StageMonitor | None = None,
+        checkpoints: Checkpoints | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
         **kwargs: Any,
     ) -> None:
         self.optimizer: torch.optim.Optimizer | None = None
-        super().__init__(*args, **kwargs)
+        self.checkpoints = checkpoints
+        self.stop = StopOnSignal()
+        super().__init__(*args, callbacks=[self.stop, *callbacks], **kwargs)
         self._rates = rates
         self._sampler = sampler
         if sampler is not None:
             self.add_callback(EpochOrder(sampler))
         self.consumption = consumption
+        self.average = average
+        self.monitor = monitor
         # By name the weighted sum and the sum of weights: a micro-batch without images has no losses of layers there.
         self._parts: dict[str, Tensor] = {}
 
@@ -147,10 +175,37 @@ class StageTrainer(Trainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
         """The micro-batches of a step. One of placeholders only has no supervised token; its share is 0 and not 0/0."""
-        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        with nullcontext() if self.monitor is None else self.monitor.throughput.loading():
+            batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.monitor is not None:
+            self.monitor.throughput.take([batch[NOTES]["sizes"] for batch in batches])
         if self.consumption is not None:
             self.consumption.take(batches, self.state.global_step + 1)
         return batches, num_items.clamp(min=1) if isinstance(num_items, Tensor) else num_items
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Where the Trainer writes its checkpoints."""
+        return super()._get_output_dir(trial) if self.checkpoints is None else str(self.checkpoints.staging)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """As in the Trainer, but a checkpoint is complete when the callbacks have added to it, or it is left out."""
+        is_due = self.control.should_save and self.checkpoints is not None
+        if is_due:
+            self.control.should_save = False
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if is_due:
+            assert self.checkpoints is not None
+            size = _checkpoint_bytes(self.model)
+            together = self._saves_together()
+            self.checkpoints.save(self.state.global_step, self._write_checkpoint, size=size, collective=together)
+
+    def _saves_together(self) -> bool:
+        """Whether the processes wait for each other while they save."""
+        return bool(self.is_deepspeed_enabled or self.is_fsdp_enabled)
+
+    def _write_checkpoint(self) -> None:
+        self._save_checkpoint(self.model, None)
+        self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         prepared: dict[str, Any] = super()._prepare_inputs({k: v for k, v in inputs.items() if k != NOTES})
@@ -164,8 +219,14 @@ class StageTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The model's own loss; its parts are added up for the log."""
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        watch = self.monitor.divergence if self.monitor is not None and model.training else None
+        with nullcontext() if watch is None else watch.forward(self.state.global_step + 1):
+            loss, outputs = super().compute_loss(
+                model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+            )
         parts = getattr(outputs, "loss_parts", None)
+        if watch is not None:
+            watch.note(loss, parts)
         if parts and model.training:
             # A micro-batch weighs in the parts as in the loss. Sums stay on the device; the log step reads them.
             share = _share_of_step(inputs["labels"], num_items_in_batch)
@@ -173,6 +234,36 @@ class StageTrainer(Trainer):
                 new = torch.stack([share * value, torch.as_tensor(share, device=value.device, dtype=value.dtype)])
                 self._parts[name] = self._parts[name] + new if name in self._parts else new
         return (loss, outputs) if return_outputs else loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Loss on the validation data. What trains is afterwards as it was, random states included."""
+        average = nullcontext() if self.average is None else self.average.in_place(self.model)
+        with undisturbed(self.model), average:
+            metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+        return metrics
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """A checkpoint has every weight, or with adapters every one that trains; the Trainer would only warn."""
+        needed = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        missing = [name for name in load_result.missing_keys if name in needed]
+        if missing or load_result.unexpected_keys:
+            names = ", ".join([*missing, *load_result.unexpected_keys][:3])
+            raise InputError(
+                f"the checkpoint does not fit the model: {len(missing)} weights missing, "
+                f"{len(load_result.unexpected_keys)} unexpected ({names})",
+                where=str(self.args.output_dir),
+                remedy="Give another --output to begin anew.",
+            )
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """The last moment before the optimizer moves."""
+        norm = self._clip(model)
+        if self.monitor is not None:
+            self.monitor.divergence.check(model, norm, self.state.global_step + 1, is_taken=self.is_deepspeed_enabled)
+        return norm
+
+    def _clip(self, model: nn.Module) -> Any:
+        return super()._clip_grad_norm(model)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means of the loss parts since the last log."""
@@ -185,7 +276,18 @@ class StageTrainer(Trainer):
                     logs[name] = round(float(total / weight), 6)
             if self.consumption is not None:
                 logs.update(self.consumption.log_entries())
+            logs.update(self._rates_by_module(logs.get("learning_rate")))
+            if self.monitor is not None:
+                logs.update(self.monitor.log_entries(self.state.global_step))
         if isinstance(self.train_dataset, StreamedConversations):
             # A stream has no epochs; the share of the steps done is the same after a restart.
             self.state.epoch = self.state.global_step / self.state.max_steps
         super().log(logs, start_time)
+
+    def _rates_by_module(self, rate: float | None) -> dict[str, float]:
+        """Learning rates now, where there are several; the schedule multiplies all by the same factor."""
+        if rate is None or len(self._rates) < 2 or self.optimizer is None:
+            return {}
+        group = self.optimizer.param_groups[0]
+        peak = group.get("initial_lr", group["lr"])
+        return {f"learning_rate/{name}": rate * own / peak for name, own in self._rates.items()} if peak else {}

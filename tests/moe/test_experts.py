@@ -255,3 +255,27 @@ def test_weights_that_add_up_to_one_give_back_a_common_output_in_sixteen_bits() 
     alone = experts(x_TD, torch.ones(50, 1), torch.zeros(50, 1, dtype=torch.long))
     both = experts(x_TD, torch.cat([first_T, 1 - first_T], 1), torch.tensor([[0, 0]] * 50))
     assert torch.equal(both, alone)
+
+
+@pytest.mark.parametrize("implementation", ["segments", "grouped_mm"])
+@pytest.mark.parametrize("gated", [True, False])
+def test_autocast_reaches_the_products_and_the_gradients_stay_in_fp32(implementation: str, gated: bool) -> None:
+    """As of a linear layer: products in bfloat16, weights and their gradients in fp32."""
+    torch.manual_seed(0)
+    experts = Experts(4, 16, 32, "silu", gated=gated, bias=True, implementation=implementation)
+    for weight in experts.parameters():
+        torch.nn.init.normal_(weight, std=0.2)
+    low = copy.deepcopy(experts).to(torch.bfloat16)
+    x_TD, indices_TK = torch.randn(24, 16), torch.stack([torch.randperm(4)[:2] for _ in range(24)])
+    weights_TK = torch.rand(24, 2).softmax(-1)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = experts(x_TD, weights_TK, indices_TK)
+    output.float().square().sum().backward()
+    expected = low(x_TD.bfloat16(), weights_TK, indices_TK)
+
+    # The same products of the same rounded numbers.
+    assert output.dtype == torch.bfloat16
+    assert torch.equal(output, expected)
+    assert all(weight.grad is not None and weight.grad.dtype == torch.float32 for weight in experts.parameters())
+    assert all(weight.grad.abs().sum() > 0 for weight in experts.parameters() if weight.grad is not None)

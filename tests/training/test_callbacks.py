@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 
-from rich.console import Console
 from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from symphony_vlm.moe.configuration import MoEConfig
 from symphony_vlm.moe.recording import RoutingRecorder
-from symphony_vlm.training.callbacks import COMPLETE_MARK, CheckpointMark, JsonLog, ProgressDisplay, RoutingLog
+from symphony_vlm.training.callbacks import JsonLog, RoutingLog
 
 
 def _state(step: int, *, max_steps: int = 10) -> TrainerState:
@@ -65,47 +63,3 @@ def test_the_routing_log_cuts_torn_and_later_lines(tmp_path: Path) -> None:
     log = RoutingLog(path, RoutingRecorder(MoEConfig()))
     log.on_train_begin(_arguments(tmp_path), _state(2), TrainerControl(), model=nn.Module())
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
-
-
-def test_a_checkpoint_is_marked_after_it_is_saved_and_reported_after_it_is_marked(tmp_path: Path) -> None:
-    folder = tmp_path / "checkpoint-4"
-    folder.mkdir()
-    reported: list[tuple[int, bool]] = []
-    mark = CheckpointMark(lambda step: reported.append((step, (folder / COMPLETE_MARK).is_file())))
-    mark.on_save(_arguments(tmp_path), _state(4), TrainerControl())
-    assert reported == [(4, True)]
-
-
-def test_without_a_terminal_progress_is_plain_lines_with_rate_and_time_left(tmp_path: Path) -> None:
-    said = io.StringIO()
-    display = ProgressDisplay(Console(file=said, width=200), "instruct", seconds_between_lines=0.0)
-    arguments, control = _arguments(tmp_path), TrainerControl()
-    display.on_train_begin(arguments, _state(4), control)
-    display.on_log(arguments, _state(5), control, logs={"loss": 2.0})
-    display.on_step_end(arguments, _state(5), control)
-    lines = said.getvalue().splitlines()
-    assert lines[0] == "instruct: continuing after step 4"
-    assert lines[1].startswith("instruct: step 5/10  loss 2.000  ")
-    assert "steps/s" in lines[1]
-    assert lines[1].endswith("s left")
-
-
-def test_lines_are_sparse_but_the_last_step_is_always_shown(tmp_path: Path) -> None:
-    said = io.StringIO()
-    display = ProgressDisplay(Console(file=said, width=200), "instruct", seconds_between_lines=1000.0)
-    arguments, control = _arguments(tmp_path), TrainerControl()
-    display.on_train_begin(arguments, _state(0), control)
-    for step in range(1, 11):
-        display.on_step_end(arguments, _state(step), control)
-    assert [line.split("  ")[0] for line in said.getvalue().splitlines()] == ["instruct: step 10/10"]
-
-
-def test_on_a_terminal_progress_is_a_bar_and_the_bar_ends(tmp_path: Path) -> None:
-    said = io.StringIO()
-    display = ProgressDisplay(Console(file=said, width=120, force_terminal=True), "instruct")
-    arguments, control = _arguments(tmp_path), TrainerControl()
-    display.on_train_begin(arguments, _state(0), control)
-    display.on_step_end(arguments, _state(10), control)
-    display.on_train_end(arguments, _state(10), control)
-    assert "10/10" in said.getvalue()
-    assert said.getvalue().endswith("\x1b[?25h\n") or "\x1b[?25h" in said.getvalue(), "the cursor is back"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -19,7 +20,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from symphony_vlm.config.loading import load_recipe
-from symphony_vlm.training.callbacks import COMPLETE_MARK, CheckpointMark, JsonLog
+from symphony_vlm.training.callbacks import JsonLog
+from symphony_vlm.training.checkpoints import Checkpoints
 from symphony_vlm.training.run import train
 
 STAGES = ("encoder", "language", "pretrain", "instruct")
@@ -106,8 +108,8 @@ def test_an_interruption_in_every_stage_leaves_no_trace(
             train(recipe, run, console=quiet)
         with (run / "log.jsonl").open("a") as file:
             file.write(f'{{"stage": "{stage}", "step": {step + 1}, "los')
-        torn = run / stage / "checkpoint-999"
-        torn.mkdir()
+        torn = run / stage / ".saving" / "checkpoint-999"
+        torn.mkdir(parents=True)
         (torn / "model.safetensors").write_bytes(b"half")
     with (run / "instruct" / "routing.jsonl").open("a") as file:
         file.write('{"step": 7, "lay')
@@ -117,28 +119,33 @@ def test_an_interruption_in_every_stage_leaves_no_trace(
     _assert_equal_runs(run, tiny_run.folder)
 
 
-def test_a_checkpoint_without_its_mark_is_removed_and_not_used(
-    tiny_run: Any, tmp_path: Path, quiet: Console, monkeypatch: pytest.MonkeyPatch
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(
+    tiny_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(tiny_run.folder, run, symlinks=True)
     (run / "model").unlink()
     shutil.rmtree(run / "instruct" / "model")
-    (run / "instruct" / "checkpoint-12" / COMPLETE_MARK).unlink()
-    (run / "instruct" / "checkpoint-12" / "model.safetensors").write_bytes(b"half")
+    os.truncate(run / "instruct" / "checkpoint-12" / "model.safetensors", 1000)
     state = json.loads((run / "state.json").read_text())
     state["stages"]["instruct"]["status"] = "running"
     (run / "state.json").write_text(json.dumps(state))
     saved: list[int] = []
-    original = CheckpointMark.on_save
+    original = Checkpoints.save
 
-    def on_save(self: CheckpointMark, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
-        saved.append(state.global_step)
-        original(self, args, state, *rest, **kwargs)
+    def save(self: Checkpoints, step: int, *rest: Any, **kwargs: Any) -> bool:
+        saved.append(step)
+        return original(self, step, *rest, **kwargs)
 
-    monkeypatch.setattr(CheckpointMark, "on_save", on_save)
-    train(load_recipe("tiny"), run, console=quiet)
+    monkeypatch.setattr(Checkpoints, "save", save)
+    said = io.StringIO()
+    train(load_recipe("tiny"), run, console=Console(file=said, width=1000))
+    damage = [line for line in said.getvalue().splitlines() if "damaged (" in line]
+    assert len(damage) == 1
+    assert "checkpoint-12: damaged (model.safetensors has 1000 bytes and not " in damage[0]
     assert saved == [12], "it continued from checkpoint-8"
+    names = {path.name for path in (run / "instruct").glob("*checkpoint-*")}
+    assert names == {"checkpoint-8", "checkpoint-12", "damaged-checkpoint-12"}
     _assert_equal_runs(run, tiny_run.folder)
 
 

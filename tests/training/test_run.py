@@ -49,7 +49,7 @@ def test_the_folder_is_laid_out_as_documented(tiny_run: Any) -> None:
         checkpoints = list((run / stage).glob("checkpoint-*"))
         assert checkpoints
         for checkpoint in checkpoints:
-            assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "COMPLETE"} <= {
+            assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "manifest.json"} <= {
                 path.name for path in checkpoint.iterdir()
             }
     assert (run / "model").resolve() == (run / "instruct" / "model").resolve()

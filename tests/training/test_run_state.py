@@ -10,17 +10,7 @@ import pytest
 
 from symphony_vlm.config.loading import load_recipe
 from symphony_vlm.errors import InputError
-from symphony_vlm.training.callbacks import COMPLETE_MARK
-from symphony_vlm.training.run_state import RunState, last_checkpoint
-
-
-def _checkpoint(folder: Path, step: int, *, complete: bool = True) -> Path:
-    path = folder / f"checkpoint-{step}"
-    path.mkdir(parents=True)
-    (path / "model.safetensors").touch()
-    if complete:
-        (path / COMPLETE_MARK).touch()
-    return path
+from symphony_vlm.training.run_state import RunState
 
 
 def test_facts_about_a_stage_are_on_disk_at_once_and_added_up(tmp_path: Path) -> None:
@@ -69,17 +59,3 @@ def test_a_stage_more_or_less_is_a_difference(tmp_path: Path) -> None:
     RunState(tmp_path, recipe).set("encoder", status="running")
     with pytest.raises(InputError, match="it differs in stages"):
         RunState(tmp_path, recipe.model_copy(update={"stages": recipe.stages[:-1]}))
-
-
-def test_the_newest_complete_checkpoint_counts_by_number_and_the_others_are_removed(tmp_path: Path) -> None:
-    _checkpoint(tmp_path, 9)
-    newest = _checkpoint(tmp_path, 100)
-    _checkpoint(tmp_path, 200, complete=False)
-    assert last_checkpoint(tmp_path) == newest
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-100", "checkpoint-9"]
-
-
-def test_no_checkpoint_at_all(tmp_path: Path) -> None:
-    _checkpoint(tmp_path, 1, complete=False)
-    assert last_checkpoint(tmp_path) is None
-    assert last_checkpoint(tmp_path / "missing") is None
