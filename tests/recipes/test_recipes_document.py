@@ -42,7 +42,7 @@ def test_the_table_of_values_is_what_the_recipes_hold() -> None:
         name = recipe_of(recipe_cell) or name
         recipe = load_recipe(name)
         stage: StageConfig = next(s for s in recipe.stages if s.name == recipe_of(stage_cell))
-        assert set(stage.train.values()) == {float(rate)}
+        assert set(stage.train.values()) == {float(number) for number in rate.split(", ")}
         assert (stage.global_batch_size, stage.max_length, stage.engine) == (int(batch), int(length), engine)
         assert (stage.resize_mode or recipe.model.vision.resize_mode) == images
         assert (stage.template or recipe.model.template) == template
