@@ -28,7 +28,10 @@ def config_list(json_: Json = False) -> None:
         groups.append(
             (f"{purpose} data", {n: found.description for n, found in data.items() if found.purpose == purpose})
         )
-    tables = (f"{title}\n" + "\n".join(f"  {name:16} {text}" for name, text in rows.items()) for title, rows in groups)
+    width = max(len(name) for _, rows in groups for name in rows)
+    tables = (
+        f"{title}\n" + "\n".join(f"  {name:{width}} {text}" for name, text in rows.items()) for title, rows in groups
+    )
     finish({"recipes": list(recipes), "data": list(data)}, json_, "\n\n".join(tables))
 
 

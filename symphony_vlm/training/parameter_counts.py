@@ -18,6 +18,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from symphony_vlm.config.models import KnownModel
 from symphony_vlm.config.recipe import ModelConfig, Recipe, StageConfig
 from symphony_vlm.errors import InputError
+from symphony_vlm.model.adapters import LoRA, add_adapters_, freeze_adapted_
+from symphony_vlm.model.base_model import BaseModel
 from symphony_vlm.model.configuration import SymphonyVLMConfig
 from symphony_vlm.model.loading import resolve_model_folder
 from symphony_vlm.model.vlm import SymphonyVLMForConditionalGeneration
@@ -131,7 +133,8 @@ def count_recipe(recipe: Recipe) -> RecipeCounts:
                 assert recipe.model.moe is not None
                 install_moe_(model, MoEConfig.from_dict(recipe.model.moe))
             freeze_except(model, stage.train)
-            stages.append(_count_stage(stage, model, _language_bytes(recipe.model) if from_files else 4))
+            trained = model if stage.lora is None else _adapted(stage, model)
+            stages.append(_count_stage(stage, trained, _language_bytes(recipe.model) if from_files else 4))
             from_files = False
     return RecipeCounts(modules=count_modules(model), stages=stages)
 
@@ -171,6 +174,17 @@ def _starting_model(model: ModelConfig) -> SymphonyVLMForConditionalGeneration:
         problem = "a saved model can be counted in a local folder only"
         raise InputError(problem, where=f"model.start {folder!r}", remedy="Download it and give its folder.")
     return _built(SymphonyVLMConfig.from_pretrained(folder))
+
+
+def _adapted(stage: StageConfig, model: SymphonyVLMForConditionalGeneration) -> SymphonyVLMForConditionalGeneration:
+    """A copy with the stage's adapters; the next stage gets the model with its adapters merged, which is as it was."""
+    assert stage.lora is not None
+    adapted = _built(model.config)
+    with torch.device("meta"):
+        add_adapters_(adapted, LoRA(**stage.lora.model_dump()), BaseModel(name="", fingerprint=""))
+    freeze_except(adapted, stage.train)
+    freeze_adapted_(adapted)
+    return adapted
 
 
 def _contrastive_model(model: ModelConfig) -> ContrastiveModel:

@@ -106,6 +106,22 @@ def test_a_stage_counts_what_it_trains_and_the_memory_of_that(in_small: Callable
         assert (stage.weights, stage.gradients, stage.optimizer) == (4 * stage.total, 4 * trained, 8 * trained)
 
 
+def test_a_stage_with_adapters_trains_them_alone_and_leaves_the_model_as_large_as_it_was() -> None:
+    """A layer of Vicuna has four linear layers of 4096 x 4096 and three of 4096 x 11008; published: 7B, rank 128."""
+    counts = counts_of("llava_1_5_7b_lora")
+    full = counts_of("llava_1_5_7b")
+    adapters = 32 * 128 * (4 * (4096 + 4096) + 3 * (4096 + 11008))
+    assert counts.stages[1].trainable == {
+        "language_model": adapters,
+        "projector": full.stages[1].trainable["projector"],
+    }
+    assert counts.stages[1].total == full.whole.total + adapters
+    assert counts.modules == full.modules
+    after = counts_of("symphony_4b", "stages.prefinetune.lora={rank: 8}")
+    assert after.modules == counts_of("symphony_4b").modules
+    assert after.stages[2].trainable == counts_of("symphony_4b").stages[2].trainable
+
+
 def test_the_estimate_is_what_the_weights_and_the_optimizer_of_a_stage_really_take(
     in_small: Callable[..., Recipe], tmp_path: Path, quiet: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
