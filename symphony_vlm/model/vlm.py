@@ -44,6 +44,7 @@ from symphony_vlm.moe.configuration import MoEConfig
 from symphony_vlm.moe.documents import Documents
 from symphony_vlm.moe.expert_parallel import sharded_experts
 from symphony_vlm.moe.installation import install_moe_
+from symphony_vlm.moe.precision import computing_dtype
 from symphony_vlm.moe.upcycle import upcycle_
 
 __all__ = ["SymphonyVLMForConditionalGeneration"]
@@ -160,8 +161,7 @@ class SymphonyVLMForConditionalGeneration(SymphonyPreTrainedModel, GenerationMix
 
     def get_image_features(self, pixel_values: Tensor, image_sizes: Tensor | None = None) -> list[Tensor]:
         """Features of each image as the language model reads them, ``[n_i, D]``; arguments as in `forward`."""
-        dtype = next(self.language_model.parameters()).dtype
-        features_TPC = self.vision_tower(pixel_values.to(dtype))
+        features_TPC = self.vision_tower(pixel_values.to(computing_dtype(self.vision_tower)))
         return self.project_image_features(features_TPC, image_sizes)
 
     def project_image_features(self, features_TPC: Tensor, image_sizes: Tensor | None = None) -> list[Tensor]:
@@ -170,8 +170,7 @@ class SymphonyVLMForConditionalGeneration(SymphonyPreTrainedModel, GenerationMix
         Raises:
             ValueError: images become tiles, and `image_sizes` is missing or of other images.
         """
-        dtype = next(self.language_model.parameters()).dtype
-        features_TPD: Tensor = self.projector(features_TPC.to(dtype))
+        features_TPD: Tensor = self.projector(features_TPC.to(computing_dtype(self.projector)))
         if self.tile_grid is None:
             return list(features_TPD)
         if image_sizes is None:
@@ -216,12 +215,12 @@ class SymphonyVLMForConditionalGeneration(SymphonyPreTrainedModel, GenerationMix
             for part, _ in modes:
                 part.eval()  # a blank image must not enter running means
             with recorder:
-                dtype = next(self.language_model.parameters()).dtype
                 if vision_features is None:
+                    dtype = computing_dtype(self.vision_tower)
                     features_NPC = self.vision_tower(torch.zeros(1, 3, size, size, device=self.device, dtype=dtype))
                 else:
-                    features_NPC = vision_features.new_zeros(1, *vision_features.shape[1:]).to(dtype)
-                features_NPD = self.projector(features_NPC)
+                    features_NPC = vision_features.new_zeros(1, *vision_features.shape[1:])
+                features_NPD = self.projector(features_NPC.to(computing_dtype(self.projector)))
         finally:
             for part, mode in modes:
                 part.train(mode)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-__all__ = ["KeepsPrecision"]
+__all__ = ["KeepsPrecision", "computing_dtype"]
 
 
 class KeepsPrecision(nn.Module):
@@ -23,3 +24,12 @@ class KeepsPrecision(nn.Module):
             return applied if applied.dtype == tensor.dtype else tensor.detach().to(applied.device)
 
         return super()._apply(same_precision, recurse)
+
+
+def computing_dtype(module: nn.Module) -> torch.dtype:
+    """The type that a module takes its input in: that of its weights, routers left aside, which stay in fp32.
+
+    The parts of a model may differ: a frozen one stays in 16 bits where another is trained in fp32.
+    """
+    dtypes = {parameter.dtype for parameter in module.parameters()}
+    return next((dtype for dtype in (torch.bfloat16, torch.float16) if dtype in dtypes), torch.float32)

@@ -118,7 +118,7 @@ class SampleLog(TrainerCallback):
                 "step": state.global_step,
                 "question": asked.question,
                 "reference": asked.reference,
-                "answer": self._answer(kwargs["model"], asked),
+                "answer": self._answer(kwargs["model"], asked, bf16=args.bf16),
                 "image": [image.name or str(image.path) for image in asked.images],
             }
             with self._path.open("a", encoding="utf-8") as file:
@@ -133,7 +133,7 @@ class SampleLog(TrainerCallback):
             self._writer.close()
 
     @torch.no_grad()
-    def _answer(self, model: Any, asked: HeldOutQuestion) -> str:
+    def _answer(self, model: Any, asked: HeldOutQuestion, *, bf16: bool) -> str:
         processor = model.processor
         model.eval()
         opened = [self._load(image) for image in asked.images]
@@ -147,7 +147,8 @@ class SampleLog(TrainerCallback):
             inputs.update(processor.image_processor([opened[index] for index in encoded.image_order]))
         stops = stop_token_ids(processor.layout(self._template), processor.tokenizer)
         # Every new length would be compiled anew.
-        with torch.compiler.set_stance("force_eager"):
+        autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=bf16)
+        with torch.compiler.set_stance("force_eager"), autocast:
             ids = model.generate(
                 **{name: tensor.to(model.device) for name, tensor in inputs.items()},
                 do_sample=False,

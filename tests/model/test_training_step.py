@@ -232,3 +232,20 @@ def test_a_copy_of_the_model_after_a_forward_pass_trains_on_its_own() -> None:
     assert twin.routing is not None and twin.routing is twin.language_model.routing
     twin(**batch).loss.backward()
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("modules", [("language",), ("projector",)])
+@pytest.mark.parametrize("frozen", ["language_model", "vision_tower"])
+def test_a_frozen_part_may_be_in_16_bits_beside_one_that_trains_in_fp32(frozen: str, modules: tuple[str, ...]) -> None:
+    """As when a pretrained model of 16 bits gets a new projector: upcycling runs it before any autocast."""
+    model = build("clip", "llama", None)
+    getattr(model, frozen).to(torch.bfloat16).requires_grad_(False)
+    before = model.eval()(**batch_of(model)).logits
+    model.upcycle_(MoEConfig(num_experts=4, modules=modules))
+    after = model.eval()(**batch_of(model)).logits
+    # Equal experts; in 16 bits w1 * y + w2 * y may round the other way.
+    assert (after - before).abs().max() <= 2**-7 * before.abs().max()
+    if frozen == "language_model":
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            model.train()(**batch_of(model)).loss.backward()
+        assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.projector.parameters())
