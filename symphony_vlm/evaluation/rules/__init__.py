@@ -1,0 +1,1 @@
+"""Scoring rules that several benchmarks share. Pure functions of text."""
