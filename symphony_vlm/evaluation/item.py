@@ -23,13 +23,15 @@ class EvaluationItem:
     """Accepted answers; the first is the reference."""
     images: tuple[ImageRef, ...] = ()
     image_key: str = ""
-    """What items about the same picture share; the unit of resampling."""
+    """What items about the same picture share; the unit of resampling unless `cluster` is given."""
     group: str | None = None
     """Question type or source, for the breakdown."""
     choices: tuple[str, ...] = ()
     """Options of a multiple choice, A first."""
     meta: Mapping[str, Any] = field(default_factory=dict)
     """What the benchmark's metrics need besides: split, category, whether there is an image."""
+    cluster: str = ""
+    """The unit of resampling where questions about several pictures are scored together (HallusionBench's sets)."""
 
     @property
     def messages(self) -> list[Message]:

@@ -155,7 +155,9 @@ def metric_intervals(
         By name; None where the value's denominator is 0. Resamples of denominator 0 are left out of the interval.
     """
     terms = [metric.terms(outcomes) for metric in metrics]
-    names, cluster_N = np.unique([outcome.item.image_key for outcome in outcomes], return_inverse=True)
+    names, cluster_N = np.unique(
+        [outcome.item.cluster or outcome.item.image_key for outcome in outcomes], return_inverse=True
+    )
     sums_GM = np.zeros((len(names), sum(part.shape[1] for part in terms)))
     np.add.at(sums_GM, cluster_N, np.concatenate(terms, axis=1))
     sums_RM = np.concatenate(

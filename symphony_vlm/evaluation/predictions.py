@@ -35,29 +35,42 @@ def read_answers(path: Path, items: Sequence[EvaluationItem]) -> dict[str, str]:
 
 
 def read_answers_by(
-    key: Callable[[Row], str], path: Path, items: Sequence[EvaluationItem], *, questions: Path | None = None
+    key: Callable[[Row], str | None], path: Path, items: Sequence[EvaluationItem], *, questions: Path | None = None
 ) -> dict[str, str]:
     """`read_answers` with the benchmark's own key.
 
     Args:
-        key: Row -> item id.
+        key: Row -> item id; None passes a row over that is known to belong elsewhere.
         path: The answers.
         items: What was asked.
         questions: LLaVA's question file; each answer line gets the fields of the line of its ``question_id``, and
             ``question`` holds that line's text.
     """
-    rows: Iterable[Row] = read_rows(path, as_pairs=("question_id", "text"))
-    if questions is not None:
-        rows = _with_questions(rows, questions)
-    return join_answers(((row, key(row), answer_text(row)) for row in rows), items)
+    asked = {} if questions is None else _questions(questions)
+    answers = []
+    for row in read_rows(path, as_pairs=("question_id", "text")):
+        text = answer_text(row)
+        if questions is not None:
+            question_id = row.text(*ID_FIELDS)
+            if question_id not in asked:
+                raise row.error(f"question_id {question_id!r} is not in {questions.name}")
+            row = Row({**asked[question_id], **row.fields}, row.where)
+        item_id = key(row)
+        if text is not None and item_id is not None:
+            answers.append((row, item_id, text))
+    return join_answers(answers, items)
 
 
-def answer_text(row: Row) -> str:
-    """The answer of a row, as it stands: some official rules tell ``no`` from ``no`` with a line end."""
-    value = row.get(*TEXT_FIELDS)
-    if not isinstance(value, str):
-        raise row.error(f"the answer is {value!r}; it must be a string")
-    return value
+def answer_text(row: Row) -> str | None:
+    """The answer of a row, as it stands: some official rules tell ``no`` from ``no`` with a line end.
+
+    None where the field is null, as in our own record of an item that failed.
+    """
+    for name in TEXT_FIELDS:
+        # The first field that is there, null or not: behind it a record may have the truth as its answer.
+        if name in row.fields:
+            return None if row.fields[name] is None else row.text(name)
+    raise row.error(f"no answer: none of the fields {', '.join(TEXT_FIELDS)} is there")
 
 
 def join_answers(answers: Iterable[tuple[Row, str, str]], items: Sequence[EvaluationItem]) -> dict[str, str]:
@@ -82,20 +95,15 @@ def join_answers(answers: Iterable[tuple[Row, str, str]], items: Sequence[Evalua
     return found
 
 
-def _with_questions(rows: Iterable[Row], questions: Path) -> Iterable[Row]:
+def _questions(path: Path) -> dict[str, Mapping[str, Any]]:
+    """LLaVA's questions by id, their text under ``question``."""
     asked: dict[str, Mapping[str, Any]] = {}
-    for row in read_rows(questions):
+    for row in read_rows(path):
         question_id = row.text(*ID_FIELDS)
         if question_id in asked:
             raise row.error(
                 f"question_id {question_id!r} stands twice, so answers cannot be told apart",
                 remedy="Score each split with its own question file.",
             )
-        fields = dict(row.fields)
-        fields["question"] = fields.pop("text", fields.get("question"))
-        asked[question_id] = fields
-    for row in rows:
-        question_id = row.text(*ID_FIELDS)
-        if question_id not in asked:
-            raise row.error(f"question_id {question_id!r} is not in {questions.name}")
-        yield Row(fields={**asked[question_id], **row.fields}, where=row.where)
+        asked[question_id] = {**row.fields, "question": row.text("text", "question")}
+    return asked

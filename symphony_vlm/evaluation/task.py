@@ -35,6 +35,7 @@ class Task:
             by way of LLaVA's question file.
         read_self_contained: ``(file or folder) -> items with their predictions``, of results that bring the truth.
         counts: official numbers of items, by the name of the version; another number makes the result a subset.
+        count: what ``counts`` counts, where it is not the items.
     """
 
     name: str
@@ -47,6 +48,12 @@ class Task:
     read_with_questions: Callable[[Path, Sequence[EvaluationItem], Path], dict[str, str]] | None = None
     read_self_contained: Callable[[Path], Sequence[tuple[EvaluationItem, str]]] | None = None
     counts: Mapping[str, int] = field(default_factory=dict)
+    count: Callable[[Sequence[EvaluationItem]], int] = len
+
+    def version(self, items: Sequence[EvaluationItem]) -> str | None:
+        """The name of the official version that has as many items; None if there is none."""
+        n = self.count(items)
+        return next((name for name, official in self.counts.items() if official == n), None)
 
 
 def _tasks() -> dict[str, Task]:

@@ -1,1 +1,1 @@
-"""Scoring rules that several benchmarks share. Pure functions of text."""
+"""Rules that several benchmarks share: pure functions of texts."""
