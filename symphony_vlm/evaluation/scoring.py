@@ -160,6 +160,9 @@ def outcomes_of(
     items = task.load(annotations, None, annotations.parent, 0)
     if not items:
         raise InputError("holds no questions", where=str(annotations))
+    if questions is None and task.read_results is not None:
+        pairs = {item.id: (item, text) for item, text in task.read_results(predictions, items)}
+        return [outcome(task, *pairs.get(item.id, (item, None))) for item in items]
     if questions is None:
         found = task.read_predictions(predictions, items)
     elif task.read_with_questions is not None:

@@ -34,6 +34,9 @@ class Task:
         read_with_questions: ``(file, items, question file) -> {item id: text}``, where answer lines name an item only
             by way of LLaVA's question file.
         read_self_contained: ``(file or folder) -> items with their predictions``, of results that bring the truth.
+        read_results: ``(file, items) -> items with their predictions``, in place of ``read_predictions`` where the file
+            says more of an item than its answer: what a judge made of it, or whether the prompt had OCR tokens.
+        export: outcomes -> the JSON document that a server or a judge takes.
         counts: official numbers of items, by the name of the version; another number makes the result a subset.
         count: what ``counts`` counts, where it is not the items.
     """
@@ -47,6 +50,8 @@ class Task:
     read_predictions: Callable[[Path, Sequence[EvaluationItem]], dict[str, str]] = read_answers
     read_with_questions: Callable[[Path, Sequence[EvaluationItem], Path], dict[str, str]] | None = None
     read_self_contained: Callable[[Path], Sequence[tuple[EvaluationItem, str]]] | None = None
+    read_results: Callable[[Path, Sequence[EvaluationItem]], Sequence[tuple[EvaluationItem, str]]] | None = None
+    export: Callable[[Sequence[Outcome]], object] | None = None
     counts: Mapping[str, int] = field(default_factory=dict)
     count: Callable[[Sequence[EvaluationItem]], int] = len
 

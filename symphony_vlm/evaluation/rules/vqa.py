@@ -12,7 +12,11 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Literal
 
-__all__ = ["CONTRACTIONS", "Variant", "normalize", "one_line", "soft_accuracy"]
+from symphony_vlm.data.fields import shortened
+from symphony_vlm.evaluation.item import Scored
+from symphony_vlm.evaluation.rows import Row
+
+__all__ = ["CONTRACTIONS", "Variant", "normalize", "one_line", "soft_accuracy", "ten_answers", "vqa_score"]
 
 Variant = Literal["evalai", "vqa"]
 
@@ -111,3 +115,40 @@ def soft_accuracy(prediction: str, answers: Sequence[str]) -> float:
     # Thirds are summed as integers, so that the result is the float nearest to the fraction.
     thirds = matches * min(3, matches - 1) + (n - matches) * min(3, matches)
     return thirds / (3 * n)
+
+
+def vqa_score(prediction: str, normalized: str, answers: Sequence[str], *, lenient: float | None = None) -> Scored:
+    """`soft_accuracy` with its status.
+
+    Args:
+        prediction: As the model wrote it.
+        normalized: As it is compared.
+        answers: As they are compared.
+        lenient: By the forgiving rule, if there is one.
+    """
+    return Scored(
+        score=soft_accuracy(normalized, answers),
+        parsed=normalized,
+        status="ok" if prediction.strip() else "empty",
+        lenient=lenient,
+    )
+
+
+def ten_answers(row: Row) -> tuple[str, ...]:
+    """The human answers of a record, as texts or as objects with ``answer``; none where they are not public.
+
+    Raises:
+        InputError: Not ten texts.
+    """
+    given = row.fields.get("answers")
+    if given is None or given == []:
+        return ()
+    if not isinstance(given, list):
+        raise row.error(f"field 'answers' is {shortened(given)}; it must be a list of ten people's answers")
+    values = [answer.get("answer") if isinstance(answer, dict) else answer for answer in given]
+    texts = tuple(value for value in values if isinstance(value, str))
+    if len(values) != 10 or len(texts) != 10:
+        raise row.error(
+            f"field 'answers' holds {len(texts)} texts in {len(values)} entries; it must hold ten people's answers"
+        )
+    return texts
