@@ -27,7 +27,17 @@ FORBIDDEN = {
 """For each part, those it must not import: moe <- model <- {training, evaluation, serving} <- cli, quickstart."""
 
 FOLDERS_OUTSIDE = {"train", "eval", "demo", "configs", "tests", "benchmarks"}
-ONLY_INSIDE_FUNCTIONS = {"deepspeed", "gradio", "lmms_eval", "open_clip", "timm", "wandb", "flash_attn"}
+ONLY_INSIDE_FUNCTIONS = {
+    "deepspeed",
+    "flash_attn",
+    "gradio",
+    "lmms_eval",
+    "open_clip",
+    "pycocoevalcap",
+    "sacrebleu",
+    "timm",
+    "wandb",
+}
 
 
 def imports(node: ast.AST, path: Path) -> Iterator[tuple[int, str]]:

@@ -8,7 +8,7 @@ strict figure, equality in lower case, stands beside the official one.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -172,11 +172,11 @@ def _metrics(outcomes: Sequence[Outcome]) -> list[Metric]:
     return metrics
 
 
-def _in(split: str) -> Any:
+def _in(split: str) -> Callable[[Outcome], bool]:
     return lambda outcome: outcome.item.group == split
 
 
-def _task(name: str, load: Any) -> Task:
+def _task(name: str, load: Callable[[Path | None, Path | None, Path, int], Sequence[EvaluationItem]]) -> Task:
     return Task(
         name=name,
         split="test",

@@ -151,10 +151,14 @@ def _terms(where: Callable[[Outcome], bool]) -> Callable[[Sequence[Outcome]], Fl
 
 def _metrics(outcomes: Sequence[Outcome]) -> list[Metric]:
     groups = sorted({outcome.item.group for outcome in outcomes if outcome.item.group is not None})
-    return [_relative("relative_score", lambda outcome: True)] + [
-        _relative(f"relative_score/{group}", lambda outcome, group=group: outcome.item.group == group)  # type: ignore[misc]
-        for group in groups
+    return [
+        _relative("relative_score", lambda outcome: True),
+        *(_relative(f"relative_score/{group}", _in(group)) for group in groups),
     ]
+
+
+def _in(group: str) -> Callable[[Outcome], bool]:
+    return lambda outcome: outcome.item.group == group
 
 
 def _relative(name: str, where: Callable[[Outcome], bool]) -> Metric:

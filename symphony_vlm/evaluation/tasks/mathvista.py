@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,7 @@ def _not_from_nothing(outcome: Outcome) -> float | None:
 def _metrics(outcomes: Sequence[Outcome]) -> list[Metric]:
     metrics = [mean_of("accuracy", known_score), mean_of("accuracy_ignore_empty", _not_from_nothing)]
     for name in ("question_type", "answer_type", *_METADATA):
-        metrics += by_kind(f"accuracy/{name}", outcomes, lambda outcome, name=name: _kinds(outcome, name))  # type: ignore[misc]
+        metrics += by_kind(f"accuracy/{name}", outcomes, partial(_kinds, name=name))
     return metrics
 
 

@@ -21,7 +21,7 @@ from symphony_vlm.evaluation.loading import needed, unique
 from symphony_vlm.evaluation.metrics import Metric, Outcome, mean_of
 from symphony_vlm.evaluation.predictions import ID_FIELDS, answer_text, join_answers
 from symphony_vlm.evaluation.rows import Row, read_rows
-from symphony_vlm.evaluation.task import EvaluationItem, Scored, Task
+from symphony_vlm.evaluation.task import EvaluationItem, ParseStatus, Scored, Task
 
 __all__ = ["TASK"]
 
@@ -59,7 +59,10 @@ def score(prediction: str, item: EvaluationItem) -> Scored:
     grades: Sequence[float] | None = item.meta.get("grades")
     if not grades:
         return not_judged(prediction)
-    return Scored(score=sum(grades) / len(grades), parsed=", ".join(map(str, grades)))
+    # After five answers that are no number the authors' script stores 0: the score stands, but it says so.
+    failed = any(not _is_number(content) for content in item.meta["contents"])
+    status: ParseStatus = "unparsed" if failed else "ok"
+    return Scored(score=sum(grades) / len(grades), parsed=", ".join(map(str, grades)), status=status)
 
 
 def read_results(path: Path, items: Sequence[EvaluationItem]) -> list[tuple[EvaluationItem, str]]:
@@ -108,7 +111,21 @@ def _with_grades(item: EvaluationItem, row: Row) -> EvaluationItem:
         raise row.error(f"field 'score' is {value!r}; it must be a list of numbers in 0 to 1, one a run")
     models = row.fields.get("model")
     judges = sorted({str(name) for name in (models if isinstance(models, list) else [models]) if name})
-    return replace(item, meta={**item.meta, "grades": [float(grade) for grade in grades], "judges": judges})
+    contents = row.fields.get("content")
+    more = {
+        "grades": [float(grade) for grade in grades],
+        "contents": contents if isinstance(contents, list) else [],
+        "judges": judges,
+    }
+    return replace(item, meta={**item.meta, **more})
+
+
+def _is_number(content: object) -> bool:
+    """Whether the judge's words begin with a grade, as the authors' script reads them."""
+    try:
+        return _is_grade(float(str(content).split(" ")[0]))
+    except ValueError:
+        return False
 
 
 def _is_grade(value: object) -> bool:
