@@ -50,6 +50,8 @@ _DISCIPLINE_OF = {subject: name for name, subjects in DISCIPLINES.items() for su
 
 _ID = re.compile(r"(?:dev|validation|test)_(.+)_\d+").fullmatch
 _MARK = re.compile(r"<image (\d)>").findall
+_KINDS = {"multiple-choice": True, "open": False, "short-answer": False}
+"""Values of ``question_type`` and whether they are a choice."""
 _MAX_OPTIONS_TEXT = 100_000
 
 
@@ -72,7 +74,10 @@ def _item(row: Row, image_folder: Path | None) -> EvaluationItem:
     match = _ID(item_id)
     if match is None or match[1] not in _DISCIPLINE_OF:
         raise row.error(f"the id {item_id!r} names no subject of MMMU; it must look like validation_Accounting_1")
-    is_choice = row.text("question_type") != "open"
+    kind = row.text("question_type")
+    if kind not in _KINDS:
+        raise row.error(f"question_type is {kind!r}; it must be one of {', '.join(_KINDS)}")
+    is_choice = _KINDS[kind]
     choices = _choices(row) if is_choice else ()
     images, unsupported = _images(row, choices, image_folder)
     return EvaluationItem(
