@@ -12,6 +12,7 @@ from rich.table import Table
 
 from symphony_vlm.cli.application import Json, app, console, finish
 from symphony_vlm.errors import InputError
+from symphony_vlm.files import write_json
 
 if TYPE_CHECKING:
     from symphony_vlm.evaluation.golden import Check
@@ -35,6 +36,10 @@ def score(
         typer.Option(help="LLaVA's question file, where answers alone do not name the item (POPE)."),
     ] = None,
     on_unparsed: Annotated[str, typer.Option(help="wrong, or random:SEED (MMMU's script has random:42).")] = "wrong",
+    export: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Write what a server or a judge takes to this JSON file (VQAv2, VizWiz, MM-Vet ...)."),
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Score an existing prediction file by the official rule, without a model.
@@ -51,6 +56,8 @@ def score(
         questions=questions,
         on_unparsed=parse_on_unparsed(on_unparsed),
     )
+    if export is not None:
+        write_json(export, found.export())
     for warning in found.warnings:
         console().print(f"warning: {warning}")
     if not json_:

@@ -68,6 +68,20 @@ class Score:
             found.append(f"nothing to divide by, so no value: {', '.join(nulls)}")
         return found
 
+    def export(self) -> object:
+        """The JSON document that the benchmark's server or judge takes.
+
+        Raises:
+            InputError: There is no such thing.
+        """
+        if self.task.export is None:
+            raise InputError(
+                f"{self.task.name} needs neither a server nor a judge, so there is nothing to export",
+                where="--export",
+                remedy="Leave it out.",
+            )
+        return self.task.export(self.outcomes)
+
     def to_dict(self) -> dict[str, Any]:
         """The summary of ``--json``."""
         return {

@@ -1,7 +1,8 @@
 """TextVQA 0.5.1, validation: questions about text in pictures (Singh et al., arXiv 1904.08920; facebookresearch/mmf).
 
 Files: ``TextVQA_0.5.1_val.json`` (``{data: [{image_id, question, question_id, answers}]}``), alone or in a folder with
-``TextVQA_Rosetta_OCR*.json`` (``{data: [{image_id, ocr_tokens}]}``); or lmms-lab/textvqa, whose rows have the tokens.
+``TextVQA_Rosetta_OCR*.json`` (``{data: [{image_id, ocr_tokens}]}``) or LLaVA's ``llava_textvqa_val_v051_ocr.jsonl``; or
+lmms-lab/textvqa, whose rows have the tokens.
 Predictions: LLaVA's answer lines, whose ``question_id`` is the image's id and whose question stands in the prompt; or
 ``question_id`` of the annotations with ``answer``. Rule: `rules/vqa.py`, variant ``evalai``.
 
@@ -32,6 +33,9 @@ from symphony_vlm.evaluation.task import EvaluationItem, Scored, Task
 __all__ = ["TASKS"]
 
 
+_OCR = "Reference OCR token:"
+
+
 def _load(data: Path | None, image_folder: Path | None, scratch: Path, seed: int) -> Sequence[EvaluationItem]:
     return load_items(data, image_folder, use_ocr=True)
 
@@ -47,21 +51,23 @@ def load_items(data: Path | None, image_folder: Path | None, *, use_ocr: bool) -
     data = needed(data, "TextVQA_0.5.1_val.json, its folder, or lmms-lab/textvqa")
     rows = _rows(data)
     tokens = _ocr_tokens(data) if use_ocr else {}
+    prompts = _llava_prompts(data) if use_ocr else {}
     items = []
     for row in rows:
         image_id = row.text("image_id")
         ocr = row.fields.get("ocr_tokens", tokens.get(image_id)) if use_ocr else None
         images, key = picture(row, data, image_folder, "image", name=f"{image_id}.jpg")
         question = row.text("question")
-        shown = question if ocr is None else f"{question}\nReference OCR token: {', '.join(ocr)}"
+        shown = short_prompt(question if ocr is None else f"{question}\nReference OCR token: {', '.join(ocr)}")
+        shown = prompts.get((image_id, asked_question(question)), shown)
         items.append(
             EvaluationItem(
                 id=row.text("question_id"),
-                question=short_prompt(shown),
+                question=shown,
                 answers=ten_answers(row),
                 images=images,
                 image_key=key,
-                meta={"image_id": image_id, "asked": question.lower(), "with_ocr": ocr is not None},
+                meta={"image_id": image_id, "asked": asked_question(question), "with_ocr": _OCR in shown},
             )
         )
     return unique(items, data)
@@ -77,6 +83,13 @@ def _ocr_tokens(data: Path) -> Mapping[str, list[str]]:
     if file is None:
         return {}
     return {row.text("image_id"): list(row.get("ocr_tokens")) for row in read_rows(file, inside=("data",))}
+
+
+def _llava_prompts(data: Path) -> dict[tuple[str, str], str]:
+    """LLaVA's prompts by picture and question."""
+    file = find_file(data, "llava_textvqa*ocr.jsonl") if data.is_dir() else None
+    rows = read_rows(file) if file else []
+    return {(row.text("question_id"), asked_question(row.text("text"))): row.text("text") for row in rows}
 
 
 def score(prediction: str, item: EvaluationItem) -> Scored:
@@ -99,7 +112,7 @@ def read_results(path: Path, items: Sequence[EvaluationItem]) -> list[tuple[Eval
     ]
     found = join_by_key(answers, {**by_question, **by_id})
     prompts = [prompt for prompt in asked if prompt is not None]
-    with_ocr = any("Reference OCR token:" in prompt for prompt in prompts) if prompts else None
+    with_ocr = any(_OCR in prompt for prompt in prompts) if prompts else None
     return [
         (replace(item, meta={**item.meta, "with_ocr": with_ocr}), found[item.id]) for item in items if item.id in found
     ]

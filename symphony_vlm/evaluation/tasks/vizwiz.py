@@ -1,8 +1,8 @@
 """VizWiz: questions that blind people asked about their photos (Gurari et al., arXiv 1802.08218; vizwiz.org).
 
 Files: ``val.json`` (``[{image, question, answers, answer_type, answerable}]``), ``test.json`` without answers (to
-export for the server), or lmms-lab/VizWiz-VQA. Predictions: ``[{image, answer}]``; LLaVA's answer lines, whose
-``question_id`` is the picture's name or needs the question file. Rule: `rules/vqa.py`, variant ``evalai``.
+export for the server), LLaVA's question lines, or lmms-lab/VizWiz-VQA. Predictions: ``[{image, answer}]``; LLaVA's answer lines,
+whose ``question_id`` is the picture's name or needs the question file. Rule: `rules/vqa.py`, variant ``evalai``.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _load(data: Path | None, image_folder: Path | None, scratch: Path, seed: int
 def _name(row: Row) -> str:
     """The photo's name, which is the item's id; hub rows hold the photo itself, and the name as ``question_id``."""
     image = row.fields.get("image")
-    name = image if isinstance(image, str) else row.text("question_id")
+    name = image if isinstance(image, str) else row.text("question_id", "id")
     return name if "." in name else f"{name}.jpg"
 
 
@@ -50,7 +50,8 @@ def _item(row: Row, data: Path, image_folder: Path | None) -> EvaluationItem:
     answerable = row.fields.get("answerable")
     return EvaluationItem(
         id=_name(row),
-        question=f"{row.text('question')}{_INSTRUCTION}",
+        # LLaVA's question lines have the instruction in their text.
+        question=f"{row.text('question')}{_INSTRUCTION}" if "question" in row.fields else row.text("text"),
         answers=ten_answers(row),
         images=images,
         image_key=_name(row),
