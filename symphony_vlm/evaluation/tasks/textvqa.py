@@ -74,7 +74,7 @@ def load_items(data: Path | None, image_folder: Path | None, *, use_ocr: bool) -
 
 
 def _rows(data: Path) -> list[Row]:
-    file = find_file(data, "TextVQA_*_val.json") if data.is_dir() else None
+    file = find_file(data, "TextVQA_0*_val.json") if data.is_dir() else None
     return read_rows(file or data, inside=("data",), split="validation" if not (file or data).is_file() else None)
 
 

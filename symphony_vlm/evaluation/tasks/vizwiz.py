@@ -1,8 +1,9 @@
 """VizWiz: questions that blind people asked about their photos (Gurari et al., arXiv 1802.08218; vizwiz.org).
 
 Files: ``val.json`` (``[{image, question, answers, answer_type, answerable}]``), ``test.json`` without answers (to
-export for the server), LLaVA's question lines, or lmms-lab/VizWiz-VQA. Predictions: ``[{image, answer}]``; LLaVA's answer lines,
-whose ``question_id`` is the picture's name or needs the question file. Rule: `rules/vqa.py`, variant ``evalai``.
+export for the server), LLaVA's question lines, or lmms-lab/VizWiz-VQA. Predictions: ``[{image, answer}]``; LLaVA's
+answer lines, whose ``question_id`` is the picture's name or needs the question file. Rule: `rules/vqa.py`, variant
+``evalai``.
 """
 
 from __future__ import annotations
