@@ -78,19 +78,20 @@ def join_by_key(
         InputError: A key of no item, or more answers than items.
     """
     found: dict[str, str] = {}
-    used: dict[Hashable, int] = {}
+    answered: set[str] = set()
     for row, key, text in answers:
         if key not in item_ids:
             raise row.error(
                 f"{_shown(key)} is no question of the benchmark",
                 remedy="Check that predictions and annotations belong together.",
             )
-        number = used.get(key, 0)
-        if number == len(item_ids[key]):
+        # An item may have several keys, so what counts is whether the item has its answer.
+        item_id = next((item_id for item_id in item_ids[key] if item_id not in answered), None)
+        if item_id is None:
             raise row.error(f"a second answer to {_shown(key)}", remedy="Keep one answer per question.")
+        answered.add(item_id)
         if text is not None:
-            found[item_ids[key][number]] = text
-        used[key] = number + 1
+            found[item_id] = text
     return found
 
 

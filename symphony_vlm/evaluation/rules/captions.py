@@ -18,7 +18,7 @@ import numpy as np
 from symphony_vlm.errors import InputError
 from symphony_vlm.evaluation.statistics import Floats
 
-__all__ = ["bleu", "bleu_statistics", "cider", "sentence_bleu", "tokenize"]
+__all__ = ["bleu", "bleu_statistics", "check_libraries", "cider", "sentence_bleu", "tokenize"]
 
 ORDER = 4
 
@@ -41,6 +41,11 @@ def _tools() -> tuple[Any, Any, Any]:
     except ImportError as error:
         raise _missing(error) from error
     return Tokenizer13a(), BLEU(tokenize="none", force=True), Cider
+
+
+def check_libraries() -> None:
+    """The error of a missing library, before a model has answered anything."""
+    _tools()
 
 
 def tokenize(text: str) -> str:
@@ -82,7 +87,7 @@ def bleu(sums: Floats) -> Floats:
     """BLEU-4 of a corpus (Papineni et al. 2002), 0 to 100, with sacrebleu's default smoothing.
 
     Args:
-        sums: ``[..., 10]`` sums of `bleu_statistics`, perhaps weighted.
+        sums: ``[..., 10]`` sums of `bleu_statistics`, perhaps with whole weights, as a bootstrap has.
 
     Returns:
         ``[...]``; NaN where there is no reference.
@@ -100,6 +105,8 @@ def sentence_bleu(caption: str, references: Sequence[str]) -> float:
 
 
 def _compute(compute: Any, row: Sequence[float], *, effective_order: bool) -> float:
-    matches, totals, (length, reference_length) = list(row[:ORDER]), list(row[ORDER : 2 * ORDER]), row[2 * ORDER :]
-    result = compute(matches, totals, length, reference_length, smooth_method="exp", effective_order=effective_order)
-    return float(result.score)
+    whole = [round(value) for value in row]
+    matches, totals, (length, reference_length) = whole[:ORDER], whole[ORDER : 2 * ORDER], whole[2 * ORDER :]
+    return float(
+        compute(matches, totals, length, reference_length, smooth_method="exp", effective_order=effective_order).score
+    )

@@ -18,7 +18,7 @@ from symphony_vlm.evaluation.loading import needed, unique
 from symphony_vlm.evaluation.metrics import Metric, Outcome, mean_of
 from symphony_vlm.evaluation.predictions import ID_FIELDS, TEXT_FIELDS, join_answers
 from symphony_vlm.evaluation.rows import Row, read_json, read_rows
-from symphony_vlm.evaluation.rules.captions import bleu, bleu_statistics, cider, sentence_bleu
+from symphony_vlm.evaluation.rules.captions import bleu, bleu_statistics, check_libraries, cider, sentence_bleu
 from symphony_vlm.evaluation.statistics import Floats
 from symphony_vlm.evaluation.task import EvaluationItem, Scored, Task
 from symphony_vlm.evaluation.tasks.short_answer import load_items
@@ -31,9 +31,10 @@ _PROMPT = "Provide a one-sentence caption for the provided image."
 
 def _load(data: Path | None, image_folder: Path | None, scratch: Path, seed: int) -> Sequence[EvaluationItem]:
     data = needed(data, "COCO's captions file, LLaVA JSON, JSONL or parquet")
-    if data.is_file() and data.suffix == ".json" and isinstance(read_json(data), dict):
-        return _coco_items(data, image_folder)
-    return load_items(data, image_folder)
+    is_coco = data.is_file() and data.suffix == ".json" and isinstance(read_json(data), dict)
+    items = _coco_items(data, image_folder) if is_coco else load_items(data, image_folder)
+    check_libraries()
+    return items
 
 
 def _coco_items(data: Path, image_folder: Path | None) -> list[EvaluationItem]:

@@ -140,9 +140,7 @@ def test_final_periods_go_and_case_does_not_matter(tmp_path: Path, text: str, ri
 def test_the_hubs_folder_with_pictures_in_a_subset_of_their_own(tmp_path: Path) -> None:
     import datasets
 
-    rows = [
-        {"id": name, **question, "entailed": str(question["entailed"])} for name, question in _questions(8).items()
-    ]
+    rows = [{"id": name, **question, "entailed": str(question["entailed"])} for name, question in _questions(8).items()]
     images = [{"id": f"n{number}", "image": {"bytes": bytes([number]), "path": None}} for number in range(2)]
     for part, content in (("instructions", rows), ("images", images)):
         folder = tmp_path / f"testdev_balanced_{part}"

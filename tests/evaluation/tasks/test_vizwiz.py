@@ -78,7 +78,9 @@ def test_llavas_numbers_need_the_question_file(data: Path, tmp_path: Path) -> No
 
 def test_test_answers_are_not_public(tmp_path: Path) -> None:
     data = tmp_path / "test.json"
-    write_json(data, [{"image": "VizWiz_test_1.jpg", "question": "Q?"}, {"image": "VizWiz_test_2.jpg", "question": "Q"}])
+    write_json(
+        data, [{"image": "VizWiz_test_1.jpg", "question": "Q?"}, {"image": "VizWiz_test_2.jpg", "question": "Q"}]
+    )
     path = _results(tmp_path / "r.json", ("VizWiz_test_2.jpg", "The Dogs, two"))
     found = score_files(get_task("vizwiz"), path, annotations=data)
     assert found.export() == [
