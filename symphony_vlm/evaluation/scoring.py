@@ -170,7 +170,10 @@ def outcomes_of(
                 where="--annotations",
                 remedy="Give the benchmark's annotation file or folder.",
             )
-        return [outcome(task, item, text) for item, text in task.read_self_contained(predictions)]
+        outcomes = [outcome(task, item, text) for item, text in task.read_self_contained(predictions)]
+        if not outcomes:
+            raise InputError("holds no answers", where=str(predictions))
+        return outcomes
     items = task.load(annotations, None, annotations.parent, 0)
     if not items:
         raise InputError("holds no questions", where=str(annotations))

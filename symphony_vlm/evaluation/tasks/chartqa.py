@@ -21,6 +21,7 @@ from symphony_vlm.evaluation.predictions import ID_FIELDS, answer_text
 from symphony_vlm.evaluation.rows import Row, read_rows
 from symphony_vlm.evaluation.statistics import Floats
 from symphony_vlm.evaluation.task import EvaluationItem, Scored, Task
+from symphony_vlm.evaluation.typed_fields import text_or_none
 
 __all__ = ["TASKS", "is_right"]
 
@@ -78,13 +79,13 @@ def _items(data: Path | None, image_folder: Path | None, *, single_word: bool) -
 def _item(row: Row, number: int, file: Path, image_folder: Path | None, single_word: bool) -> EvaluationItem:
     named = row.text("type") if row.fields.get("type") else file.stem
     split = next((split for split in SPLITS if split in named.lower()), None)
-    name = row.fields.get("imgname")
+    name = text_or_none(row, "imgname")
     folder = image_folder or _beside(file)
-    images, key = picture(row, file, folder, "image", name=str(name) if name is not None else None)
+    images, key = picture(row, file, folder, "image", name=name)
     question = row.text("query", "question")
-    own_id = row.fields.get("question_id", row.fields.get("id"))
+    own_id = text_or_none(row, "question_id", "id")
     return EvaluationItem(
-        id=f"{split or 'test'}-{number}" if own_id is None else str(own_id),
+        id=f"{split or 'test'}-{number}" if own_id is None else own_id,
         question=f"{question}{_SINGLE_WORD}" if single_word else short_prompt(question),
         answers=(_label(row),),
         images=images,

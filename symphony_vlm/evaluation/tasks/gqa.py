@@ -9,13 +9,13 @@ lacks and are null. Of the questions that an answer entails, those count that ar
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from symphony_vlm.data.fields import shortened
 from symphony_vlm.evaluation.benchmark_files import picture, short_prompt
 from symphony_vlm.evaluation.breakdown import by_kind
 from symphony_vlm.evaluation.loading import needed, unique
@@ -23,6 +23,7 @@ from symphony_vlm.evaluation.metrics import Metric, Outcome, mean_of, share
 from symphony_vlm.evaluation.rows import Row, read_rows
 from symphony_vlm.evaluation.statistics import Floats
 from symphony_vlm.evaluation.task import EvaluationItem, Scored, Task
+from symphony_vlm.evaluation.typed_fields import object_or_empty, texts
 
 __all__ = ["TASK", "distribution"]
 
@@ -54,7 +55,7 @@ def _rows(data: Path) -> tuple[list[Row], Mapping[str, Row]]:
 def _item(row: Row, pictures: Mapping[str, Row], data: Path, image_folder: Path | None) -> EvaluationItem:
     image_id = row.text("imageId", "image_id")
     images, key = picture(pictures.get(image_id, row), data, image_folder, "image", name=f"{image_id}.jpg")
-    question, types, groups = row.text("question"), row.fields.get("types") or {}, row.fields.get("groups") or {}
+    question, types, groups = row.text("question"), _texts_of(row, "types"), _texts_of(row, "groups")
     return EvaluationItem(
         id=row.text("question_id", "id"),
         question=short_prompt(question),
@@ -67,25 +68,34 @@ def _item(row: Row, pictures: Mapping[str, Row], data: Path, image_folder: Path 
             "structural": types.get("structural"),
             "semantic": types.get("semantic"),
             "words": len(question.split()),
-            "steps": _steps(row.fields.get("semantic")),
+            "steps": _steps(row),
             "global_group": groups.get("global"),
-            "entailed": _ids(row.fields.get("entailed")),
+            "entailed": _entailed(row),
         },
     )
 
 
-def _steps(program: Sequence[Mapping[str, Any]] | None) -> int | None:
+def _texts_of(row: Row, name: str) -> dict[str, str]:
+    """The entries of an object, without those that are null."""
+    inner = Row(object_or_empty(row, name), f"{row.where}, field {name!r}")
+    return {key: inner.text(key) for key, value in inner.fields.items() if value is not None}
+
+
+def _steps(row: Row) -> int | None:
+    """How many operations the reasoning needs; None if the question has no program."""
+    program = row.fields.get("semantic")
     if program is None:
         return None
-    operations = [f"{step['operation']}: {step['argument']}" for step in program]
+    if not isinstance(program, list) or not all(isinstance(step, dict) for step in program):
+        raise row.error(f"field 'semantic' is {shortened(program)}; it must be a list of operations")
+    operations = [f"{step.get('operation')}: {step.get('argument')}" for step in program]
     return sum(not any(word in operation for word in _NO_STEP) for operation in operations)
 
 
-def _ids(value: object) -> tuple[str, ...]:
+def _entailed(row: Row) -> tuple[str, ...]:
     """Ids of a list, or of a list written as text as the hub has it."""
-    if isinstance(value, str):
-        return tuple(re.findall(r"\w+", value))
-    return tuple(map(str, value)) if isinstance(value, Iterable) else ()
+    value = row.fields.get("entailed")
+    return tuple(re.findall(r"\w+", value)) if isinstance(value, str) else texts(row, "entailed")
 
 
 def score(prediction: str, item: EvaluationItem) -> Scored:

@@ -25,6 +25,7 @@ from symphony_vlm.evaluation.predictions import ID_FIELDS, answer_text, join_ans
 from symphony_vlm.evaluation.rows import Row, read_rows
 from symphony_vlm.evaluation.statistics import Floats
 from symphony_vlm.evaluation.task import EvaluationItem, Scored, Task
+from symphony_vlm.evaluation.typed_fields import text_or_none, texts
 
 __all__ = ["TASK"]
 
@@ -36,38 +37,43 @@ def _load(data: Path | None, image_folder: Path | None, scratch: Path, seed: int
     file = find_file(data, "questions.jsonl") if data.is_dir() else None
     rows = read_rows(file or data, split=None if (file or data).is_file() else "train")
     folder = image_folder or (data / "images" if (data / "images").is_dir() else None)
-    references = _beside(data, "answers_gpt4.jsonl", ID_FIELDS, "text")
-    contexts = _beside(data, "context.jsonl", ("image",), "caption")
+    references = _beside(data, "answers_gpt4.jsonl", ID_FIELDS, lambda row: row.text("text"))
+    contexts = _beside(data, "context.jsonl", ("image",), _caption)
     return unique((_item(row, data, folder, references, contexts) for row in rows), data)
 
 
-def _beside(data: Path, name: str, key: Sequence[str], value: str) -> dict[str, Any]:
+def _beside(data: Path, name: str, key: Sequence[str], value: Callable[[Row], str]) -> dict[str, str]:
     file = data / name
-    return {row.text(*key): row.get(value) for row in read_rows(file)} if file.is_file() else {}
+    return {row.text(*key): value(row) for row in read_rows(file)} if file.is_file() else {}
+
+
+def _caption(row: Row) -> str:
+    """What the judge is told of the picture: a text, or lines of one."""
+    is_list = isinstance(row.fields.get("caption"), list)
+    return "\n".join(texts(row, "caption")) if is_list else text_or_none(row, "caption") or ""
 
 
 def _item(
-    row: Row, data: Path, folder: Path | None, references: dict[str, Any], contexts: dict[str, Any]
+    row: Row, data: Path, folder: Path | None, references: dict[str, str], contexts: dict[str, str]
 ) -> EvaluationItem:
     images, key = picture(row, data, folder, "image")
     question_id = row.text("question_id")
     image = row.fields.get("image")
-    context = row.fields.get("caption", contexts.get(image) if isinstance(image, str) else None)
-    reference = str(row.fields.get("gpt_answer") or references.get(question_id) or "")
+    context = _caption(row) or (contexts.get(image, "") if isinstance(image, str) else "")
     return EvaluationItem(
         id=question_id,
         question=row.text("text", "question"),
-        answers=(reference,),
+        answers=(text_or_none(row, "gpt_answer") or references.get(question_id, ""),),
         images=images,
         image_key=key,
         group=_category(row),
-        meta={"context": "\n".join(context) if isinstance(context, list) else str(context or "")},
+        meta={"context": context},
     )
 
 
 def _category(row: Row) -> str | None:
-    value = row.fields.get("category")
-    return str(value).removeprefix("llava_bench_") if value else None
+    value = text_or_none(row, "category")
+    return value.removeprefix("llava_bench_") if value else None
 
 
 def score(prediction: str, item: EvaluationItem) -> Scored:

@@ -25,6 +25,7 @@ from symphony_vlm.evaluation.predictions import ID_FIELDS, TEXT_FIELDS, join_ans
 from symphony_vlm.evaluation.rows import Row, read_rows
 from symphony_vlm.evaluation.rules.mathvista import normalize_extraction, quick_extraction
 from symphony_vlm.evaluation.task import EvaluationItem, Scored, Task
+from symphony_vlm.evaluation.typed_fields import number_or_none, object_or_empty, text_or_none, texts
 
 __all__ = ["TASK"]
 
@@ -52,18 +53,17 @@ def _load(data: Path | None, image_folder: Path | None, scratch: Path, seed: int
 
 def _item(row: Row, data: Path, image_folder: Path | None) -> EvaluationItem:
     images, key = picture(row, data, image_folder, "decoded_image", "image")
+    row.text("question"), number_or_none(row, "precision"), object_or_empty(row, "metadata")
     problem: dict[str, Any] = {name: row.fields.get(name) for name in _FIELDS}
-    for name, kind in (("question_type", str), ("answer_type", str)):
-        if not isinstance(problem[name], kind):
-            raise row.error(f"field {name!r} is {problem[name]!r}; it must be text")
-    choices = tuple(map(str, problem["choices"] or ()))
+    problem |= {name: row.text(name) for name in ("question_type", "answer_type")}
+    choices = texts(row, "choices")
     if problem["question_type"] == "multi_choice" and not choices:
         raise row.error("a multi_choice question has no choices")
-    answer = row.fields.get("answer")
+    answer = text_or_none(row, "answer")
     return EvaluationItem(
         id=row.text("pid"),
         question=row.text("query") if row.fields.get("query") else _query(problem, choices),
-        answers=() if answer in (None, "") else (str(answer),),
+        answers=() if answer is None else (answer,),
         images=images,
         image_key=key,
         group=problem["question_type"],

@@ -22,6 +22,7 @@ from symphony_vlm.evaluation.metrics import Metric, Outcome, mean_of
 from symphony_vlm.evaluation.predictions import ID_FIELDS, answer_text, join_answers
 from symphony_vlm.evaluation.rows import Row, read_rows
 from symphony_vlm.evaluation.task import EvaluationItem, ParseStatus, Scored, Task
+from symphony_vlm.evaluation.typed_fields import texts
 
 __all__ = ["TASK"]
 
@@ -37,15 +38,15 @@ def _item(row: Row, file: Path, image_folder: Path | None) -> EvaluationItem:
     beside = file.parent / "images"
     folder = image_folder or (beside if file.is_file() and beside.is_dir() else None)
     images, key = picture(row, file, folder, "image", "imagename")
-    capability = row.fields.get("capability") or ()
-    names = capability.split(",") if isinstance(capability, str) else capability
+    capability = row.fields.get("capability")
+    names = capability.split(",") if isinstance(capability, str) else texts(row, "capability")
     return EvaluationItem(
         id=_own_id(row.text("id", "question_id")),
         question=row.text("question"),
         answers=(row.text("answer"),),
         images=images,
         image_key=key,
-        meta={"capabilities": tuple(str(name).strip() for name in names)},
+        meta={"capabilities": tuple(name.strip() for name in names)},
     )
 
 

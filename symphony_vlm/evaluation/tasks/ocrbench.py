@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -23,6 +22,7 @@ from symphony_vlm.evaluation.predictions import ID_FIELDS, TEXT_FIELDS, join_ans
 from symphony_vlm.evaluation.rows import Row, read_rows
 from symphony_vlm.evaluation.statistics import Floats
 from symphony_vlm.evaluation.task import EvaluationItem, Scored, Task
+from symphony_vlm.evaluation.typed_fields import text_or_none, texts
 
 __all__ = ["TASK"]
 
@@ -39,7 +39,7 @@ def _load(data: Path | None, image_folder: Path | None, scratch: Path, seed: int
 def _item(row: Row, number: int, data: Path, image_folder: Path | None) -> EvaluationItem:
     images, key = picture(row, data, image_folder, "image", "image_path")
     return EvaluationItem(
-        id=row.text("id") if row.fields.get("id") is not None else str(number),
+        id=text_or_none(row, "id") or str(number),
         question=row.text("question").strip(),
         answers=_answers(row),
         images=images,
@@ -50,10 +50,11 @@ def _item(row: Row, number: int, data: Path, image_folder: Path | None) -> Evalu
 
 
 def _answers(row: Row) -> tuple[str, ...]:
-    value: Any = row.get("answers", "answer")
-    if isinstance(value, list) and value:
-        return tuple(str(answer) for answer in value)
-    return (row.text("answers", "answer"),)
+    name = "answers" if row.fields.get("answers") is not None else "answer"
+    answers = texts(row, name) if isinstance(row.fields.get(name), list) else (row.text(name),)
+    if not any(answers):
+        raise row.error("has no answer; the empty text would be contained in every prediction")
+    return answers
 
 
 def score(prediction: str, item: EvaluationItem) -> Scored:

@@ -25,6 +25,7 @@ from symphony_vlm.evaluation.rules.vqa import normalize, ten_answers, vqa_score
 from symphony_vlm.evaluation.rules.yes_no import SHORT_INSTRUCTION
 from symphony_vlm.evaluation.statistics import Floats
 from symphony_vlm.evaluation.task import EvaluationItem, Scored, Task
+from symphony_vlm.evaluation.typed_fields import number_or_none, text_or_none
 
 __all__ = ["TASK"]
 
@@ -47,8 +48,8 @@ def _name(row: Row) -> str:
 
 def _item(row: Row, data: Path, image_folder: Path | None) -> EvaluationItem:
     images, _ = picture(row, data, image_folder, "image")
-    kind = row.fields.get("answer_type") or row.fields.get("category")
-    answerable = row.fields.get("answerable")
+    kind = text_or_none(row, "answer_type", "category")
+    answerable = number_or_none(row, "answerable")
     return EvaluationItem(
         id=_name(row),
         # LLaVA's question lines have the instruction in their text.
@@ -56,8 +57,8 @@ def _item(row: Row, data: Path, image_folder: Path | None) -> EvaluationItem:
         answers=ten_answers(row),
         images=images,
         image_key=_name(row),
-        group=str(kind) if kind else None,
-        meta={"unanswerable": kind == _UNANSWERABLE if answerable is None else not int(answerable)},
+        group=kind,
+        meta={"unanswerable": kind == _UNANSWERABLE if answerable is None else not answerable},
     )
 
 

@@ -26,6 +26,7 @@ from symphony_vlm.evaluation.rows import Row, read_rows
 from symphony_vlm.evaluation.rules.vqa import normalize, one_line, soft_accuracy, ten_answers, vqa_score
 from symphony_vlm.evaluation.statistics import Floats
 from symphony_vlm.evaluation.task import EvaluationItem, Scored, Task
+from symphony_vlm.evaluation.typed_fields import text_or_none
 
 __all__ = ["TASK"]
 
@@ -77,19 +78,20 @@ def _joined(questions: Sequence[Row], annotations: Sequence[Row]) -> list[Row]:
 
 def _item(row: Row, data: Path, image_folder: Path | None, split: str) -> EvaluationItem:
     # LLaVA's question lines have the instruction in their text, and the picture's name.
-    question = row.text("text") if "text" in row.fields else short_prompt(str(row.fields.get("question") or ""))
-    image_id = row.fields.get("image_id")
+    question = row.text("text") if "text" in row.fields else short_prompt(text_or_none(row, "question") or "")
+    image_id = text_or_none(row, "image_id")
+    if image_id is not None and not image_id.isdecimal():
+        raise row.error(f"field 'image_id' is {image_id!r}; it must be a number of COCO")
     name = None if image_id is None else f"COCO_{split}_{int(image_id):012d}.jpg"
     images, key = picture(row, data, image_folder, "image", name=name)
-    answer_type = row.fields.get("answer_type")
     return EvaluationItem(
         id=row.text("question_id"),
         question=question,
         answers=ten_answers(row),
         images=images,
         image_key=key,
-        group=str(answer_type) if answer_type else None,
-        meta={"question_type": row.fields.get("question_type")},
+        group=text_or_none(row, "answer_type"),
+        meta={"question_type": text_or_none(row, "question_type")},
     )
 
 
@@ -98,7 +100,8 @@ def score(prediction: str, item: EvaluationItem) -> Scored:
     if not item.answers:
         return not_judged(prediction)
     text, answers = one_line(prediction), [one_line(answer) for answer in item.answers]
-    normalized, all_normalized = normalize(text, "vqa"), [normalize(answer, "vqa") for answer in answers]
+    forms = {answer: normalize(answer, "vqa") for answer in {text, *answers}}
+    normalized, all_normalized = forms[text], [forms[answer] for answer in answers]
     lenient = soft_accuracy(normalized, all_normalized)
     if len(set(answers)) > 1:
         return vqa_score(prediction, normalized, all_normalized, lenient=lenient)
