@@ -14,7 +14,7 @@ from symphony_vlm.errors import InputError
 from symphony_vlm.evaluation.scoring import score_files
 from symphony_vlm.evaluation.task import get_task
 
-JUNK: list[Any] = [None, 5, -1.5, True, "", "x", [], {}, [None], [1], ["x"], [[1]], {"a": 1}, [{"a": None}], "\ud800"]
+JUNK: list[Any] = [None, 5, True, "", "x", [], {}, [None], ["x"], [[1]], {"a": 1}, "\ud800"]
 TEN = [{"answer": "yes", "answer_id": i, "answer_confidence": "yes"} for i in range(10)]
 GQA = {
     "question": "Is it?",

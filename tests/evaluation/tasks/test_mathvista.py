@@ -189,7 +189,7 @@ def test_the_authors_query(data: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"question_type": None}, "field 'question_type' is None"),
+        ({"question_type": None}, "field 'question_type' is missing"),
         ({"question_type": "multi_choice", "choices": []}, "a multi_choice question has no choices"),
     ],
 )
