@@ -164,5 +164,6 @@ def _record(
         "parsed": scored.parsed if scored else None,
         "parse_status": scored.status if scored else "error",
         "score": scored.score if scored else None,
+        "lenient": scored.lenient if scored else None,
         "error": {"type": type(error).__name__, "message": str(error)} if error else None,
     }
