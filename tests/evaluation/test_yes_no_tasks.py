@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from symphony_vlm.evaluation.scoring import Score, score_files
 from symphony_vlm.evaluation.task import get_task
 from symphony_vlm.evaluation.tasks.mme import COGNITION, PERCEPTION
 
-Records = list[dict[str, Any]]
+Records = Sequence[Mapping[str, Any]]
 
 
 def write_lines(path: Path, records: Records) -> Path:
@@ -153,7 +154,7 @@ def test_pope_prompt_and_our_own_records(tmp_path: Path) -> None:
 # MME.
 
 
-def mme_folder(folder: Path, lines: dict[str, list[tuple[str, ...]]]) -> Path:
+def mme_folder(folder: Path, lines: Mapping[str, Sequence[tuple[str, ...]]]) -> Path:
     folder.mkdir()
     for subtask, rows in lines.items():
         (folder / f"{subtask}.txt").write_text("".join("\t".join(row) + "\n" for row in rows))
