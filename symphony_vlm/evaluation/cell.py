@@ -166,5 +166,6 @@ def _record(
         "parse_status": scored.status if scored else "error",
         # Not known until a judge has been asked, or ever: NaN is no JSON.
         "score": scored.score if scored and not math.isnan(scored.score) else None,
+        "lenient": scored.lenient if scored else None,
         "error": {"type": type(error).__name__, "message": str(error)} if error else None,
     }

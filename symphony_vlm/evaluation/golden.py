@@ -190,7 +190,7 @@ def _rbench(folder: Path) -> Iterator[Check]:
         if kind == "MCQ":
             yield from _two_by_two(source, scores["ref"], scores["dis"])
             for name, end, found in zip(("low", "high"), RBENCH_INTERVAL, (paired.low, paired.high), strict=True):
-                # Given as "about", to three decimals. Sums of -1, 0 and 1 move in steps of 1/495: a step to either side.
+                # "About", to three decimals; means of -1, 0 and 1 move in steps of 1/495, one to either side.
                 yield Check(
                     source=source,
                     figure=f"95 % interval, {name}",

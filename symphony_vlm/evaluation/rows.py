@@ -83,7 +83,7 @@ def read_rows(
         as_pairs: Names of two fields: a JSON object ``{a: b}`` becomes rows with these; where b is an object, its
             fields join the first.
         inside: Names under which a JSON object may hold its list.
-        split: Which split of a folder or hub data set.
+        split: Which split of a folder or hub data set; a file is taken as it is.
         subset: Which configuration of a hub data set.
 
     Raises:

@@ -208,6 +208,7 @@ def _result(
         "metric": metric.name,
         "value": interval.value if interval else None,
         "higher_is_better": metric.higher_is_better,
+        "scale": metric.scale,
         "ci_low": interval.low if interval else None,
         "ci_high": interval.high if interval else None,
         "n_items": len(records),

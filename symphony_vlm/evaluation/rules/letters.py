@@ -93,7 +93,7 @@ def score_letter(prediction: str, item: EvaluationItem) -> Scored:
 
 def split_options(question: str) -> tuple[str, ...]:
     """The options inside a question, where they stand as ``A: text, B: text`` or on lines ``A. text``; else none."""
-    for mark in (":", ".", ")"):
+    for mark in ":.":
         places = _places(question, mark)
         if len(places) > 1:
             ends = [start for start, _ in places[1:]] + [len(question)]
@@ -108,7 +108,7 @@ def _places(question: str, mark: str) -> list[tuple[int, int]]:
     places: list[tuple[int, int]] = []
     position = 0
     for letter in string.ascii_uppercase:
-        match = re.compile(rf"(?:(?<=\s)|(?<=\()|^){letter}{re.escape(mark)}(?=\s|$)").search(question, position)
+        match = re.compile(rf"(?<!\S){letter}{re.escape(mark)}(?=\s|$)").search(question, position)
         if match is None:
             break
         places.append(match.span())

@@ -35,7 +35,7 @@ def _load(
             where=str(data),
             remedy=f"Use --task {'ai2d_no_mask' if mask else 'ai2d'}.",
         )
-    rows = read_rows(data, split="test" if data.is_dir() or not data.exists() else None)
+    rows = read_rows(data, split="test")
     return unique((_item(row, number, image_folder, mask) for number, row in enumerate(rows)), data)
 
 

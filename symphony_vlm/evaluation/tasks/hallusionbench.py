@@ -29,7 +29,7 @@ _JUDGEMENT = ("gpt4v_output_gpt_check", "judgement", "correct")
 
 def _load(data: Path | None, image_folder: Path | None, scratch: Path, seed: int) -> Sequence[EvaluationItem]:
     data = needed(data, "HallusionBench.json or lmms-lab/HallusionBench")
-    rows = read_rows(data, split="image" if data.is_dir() or not data.exists() else None)
+    rows = read_rows(data, split="image")
     folder = image_folder or (data.parent if data.is_file() else data)
     return unique((_item(row, folder) for row in rows), data)
 

@@ -24,15 +24,17 @@ __all__ = ["TASKS"]
 
 _ROTATION = 1_000_000
 """Rotated copies have the index of their question plus multiples of this."""
-_CHINESE_INSTRUCTION = "\n请直接回答选项字母。"
+_INSTRUCTIONS = {"en": LETTER_INSTRUCTION, "cn": "\n请直接回答选项字母。"}
 _LONGEST_INDEX = 16
 
 
 def _load(
-    data: Path | None, image_folder: Path | None, scratch: Path, seed: int, *, instruction: str = LETTER_INSTRUCTION
+    data: Path | None, image_folder: Path | None, scratch: Path, seed: int, *, language: str = "en"
 ) -> Sequence[EvaluationItem]:
-    data = needed(data, "mmbench_dev_20230712.tsv, or a folder with the dev split of lmms-lab/MMBench_EN")
-    rows = read_rows(data, split="dev" if data.is_dir() or not data.exists() else None)
+    data = needed(data, "mmbench_dev_20230712.tsv, or lmms-lab/MMBench")
+    subset = language if data.as_posix() == "lmms-lab/MMBench" else None
+    rows = read_rows(data, split="dev", subset=subset)
+    instruction = _INSTRUCTIONS[language]
     by_index = {row.text("index"): row for row in rows}
     return unique((_item(row, by_index, image_folder, instruction) for row in rows), data)
 
@@ -145,11 +147,11 @@ def _belongs_vanilla(read: Callable[[Outcome], str | None], name: str, outcome: 
     return _is_vanilla(outcome) and read(outcome) == name
 
 
-def _task(name: str, instruction: str) -> Task:
+def _task(name: str, language: str) -> Task:
     return Task(
         name=name,
         split="dev",
-        load=partial(_load, instruction=instruction),
+        load=partial(_load, language=language),
         score=score_letter,
         metrics=_metrics,
         counts={"mmbench_dev_20230712": 1176, "later dev files": 1164},
@@ -157,4 +159,4 @@ def _task(name: str, instruction: str) -> Task:
     )
 
 
-TASKS = (_task("mmbench", LETTER_INSTRUCTION), _task("mmbench_cn", _CHINESE_INSTRUCTION))
+TASKS = (_task("mmbench", "en"), _task("mmbench_cn", "cn"))

@@ -49,7 +49,7 @@ def _load(data: Path | None, image_folder: Path | None, scratch: Path, seed: int
     elif any((data / subtask).is_dir() for subtask in PERCEPTION + COGNITION):
         items = list(_release_items(data))
     else:
-        rows = read_rows(data, split="test" if data.is_dir() or not data.exists() else None)
+        rows = read_rows(data, split="test")
         items = [_table_item(row, image_folder or data.parent) for row in rows]
     return _paired(unique(items, data), data)
 

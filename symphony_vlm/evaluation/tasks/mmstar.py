@@ -19,7 +19,7 @@ _STARTS = (("(", 1), ("option ", 7), ("the answer is ", 14))
 
 def _load(data: Path | None, image_folder: Path | None, scratch: Path, seed: int) -> Sequence[EvaluationItem]:
     data = needed(data, "MMStar's table (.tsv, .jsonl, .parquet) or Lin-Chen/MMStar")
-    rows = read_rows(data, split="val" if data.is_dir() or not data.exists() else None)
+    rows = read_rows(data, split="val")
     return unique((_item(row, image_folder) for row in rows), data)
 
 

@@ -32,7 +32,7 @@ def _load(data: Path | None, image_folder: Path | None, scratch: Path, seed: int
     items = []
     for file in files:
         named = next((split for split in SPLITS if split in file.stem.lower()), "")
-        rows = read_rows(file, split="test" if file.is_dir() or not file.exists() else None)
+        rows = read_rows(file, split="test")
         items += [_item(row, named, image_folder or (file.parent if file.is_file() else file)) for row in rows]
     return unique(items, data)
 

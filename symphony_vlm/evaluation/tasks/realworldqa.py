@@ -16,7 +16,7 @@ __all__ = ["TASK"]
 
 def _load(data: Path | None, image_folder: Path | None, scratch: Path, seed: int) -> Sequence[EvaluationItem]:
     data = needed(data, "a table with question, answer, image, or lmms-lab/RealWorldQA")
-    rows = read_rows(data, split="test" if data.is_dir() or not data.exists() else None)
+    rows = read_rows(data, split="test")
     return unique((_item(row, number, image_folder) for number, row in enumerate(rows)), data)
 
 

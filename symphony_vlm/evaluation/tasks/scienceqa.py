@@ -33,7 +33,7 @@ def _load(data: Path | None, image_folder: Path | None, scratch: Path, seed: int
     if problems.is_file() and problems.suffix == ".json":
         rows = list(_test_problems(problems))
     else:
-        rows = read_rows(data, split="test" if data.is_dir() or not data.exists() else None, subset=_subset(data))
+        rows = read_rows(data, split="test", subset=_subset(data))
         # The hub's table has no ids: the number of the row is one.
         rows = [Row({"id": str(number), **row.fields}, row.where) for number, row in enumerate(rows)]
     return unique((_item(row, image_folder) for row in rows), data)

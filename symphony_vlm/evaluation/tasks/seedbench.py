@@ -21,7 +21,7 @@ _IMAGE_TYPES = range(1, 10)
 
 def _load(data: Path | None, image_folder: Path | None, scratch: Path, seed: int) -> Sequence[EvaluationItem]:
     data = needed(data, "SEED-Bench.json or lmms-lab/SEED-Bench")
-    rows = read_rows(data, inside=("questions",), split="test" if data.is_dir() or not data.exists() else None)
+    rows = read_rows(data, inside=("questions",), split="test")
     names = _type_names(data)
     about_images = [row for row in rows if _type(row) in _IMAGE_TYPES]
     # LLaVA's answer files answer the questions about videos too, which are no items here and no error either.
