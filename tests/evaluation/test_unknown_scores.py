@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from typer.testing import CliRunner
 
 from symphony_vlm.cli import app
 from symphony_vlm.evaluation.baselines import constant_baselines
 from symphony_vlm.evaluation.cell import Cell, run_cell
+from symphony_vlm.evaluation.runner import EvaluationPlan, evaluate
+from symphony_vlm.evaluation.scoring import score_files
 from symphony_vlm.evaluation.task import get_task
 from symphony_vlm.files import write_json
 
@@ -68,3 +71,34 @@ def test_a_task_without_server_or_judge_exports_nothing(tmp_path: Path) -> None:
     assert result.exit_code != 0
     assert not (tmp_path / "e.json").exists()
     assert "needs neither a server nor a judge" in str(result.exception)
+
+
+@pytest.mark.parametrize("name", ["mmvet", "llava_bench", "vqav2"])
+def test_an_evaluation_without_scores_says_null_and_its_records_can_be_exported(
+    name: str, tiny_model_folder: Path, questions: Path, tmp_path: Path
+) -> None:
+    picture = "COCO_test2015_000000000001.jpg"
+    data = {
+        "mmvet": tmp_path / "mm-vet.json",
+        "llava_bench": tmp_path / "questions.jsonl",
+        "vqav2": questions,
+    }[name]
+    if name == "mmvet":
+        write_json(data, {"v1_0": {"imagename": picture, "question": "Q?", "answer": "a", "capability": ["ocr"]}})
+    elif name == "llava_bench":
+        data.write_text(json.dumps({"question_id": 0, "image": picture, "category": "conv", "text": "Q?"}) + "\n")
+    plan = EvaluationPlan(
+        model=str(tiny_model_folder),
+        tasks=(name,),
+        data=data,
+        image_folder=tmp_path,
+        corruptions=("fog",),
+        severities=(1,),
+        max_new_tokens=2,
+    )
+    evaluate(plan, tmp_path / "out", console=Console(quiet=True))
+    rows = json.loads((tmp_path / "out/results.json").read_text())["results"]
+    assert {row["value"] for row in rows} == {None}
+    assert {row["n_errors"] for row in rows} == {0}
+    exported = score_files(get_task(name), tmp_path / f"out/predictions/{name}.none.0.jsonl", annotations=data).export()
+    assert len(exported) == len(get_task(name).load(data, None, tmp_path, 0))  # type: ignore[arg-type]
