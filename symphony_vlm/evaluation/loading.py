@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from symphony_vlm.data.fields import shortened
 from symphony_vlm.data.images import image_key
 from symphony_vlm.data.sample import ImageRef
 from symphony_vlm.errors import InputError
 from symphony_vlm.evaluation.item import EvaluationItem
 
-__all__ = ["key_of", "needed", "unique"]
+__all__ = ["key_of", "needed", "unique", "whole_number"]
 
 
 def needed(data: Path | None, what: str) -> Path:
@@ -25,6 +26,11 @@ def key_of(images: Sequence[ImageRef], name: str) -> str:
     return "+".join(image_key(ref) for ref in images) or f"id:{name}"
 
 
+def whole_number(text: str) -> int | None:
+    """The number that a text of up to 18 digits writes, else None."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= 18 else None
+
+
 def unique(items: Iterable[EvaluationItem], where: Path) -> list[EvaluationItem]:
     """The items as a list.
 
@@ -35,7 +41,7 @@ def unique(items: Iterable[EvaluationItem], where: Path) -> list[EvaluationItem]
     for item in items:
         if item.id in found:
             raise InputError(
-                f"the question {item.id!r} stands twice", where=str(where), remedy="Keep it once, or give ids."
+                f"the question {shortened(item.id)} stands twice", where=str(where), remedy="Keep it once, or give ids."
             )
         found[item.id] = item
     return list(found.values())

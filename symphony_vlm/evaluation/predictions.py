@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from symphony_vlm.data.fields import shortened
 from symphony_vlm.evaluation.item import EvaluationItem
 from symphony_vlm.evaluation.rows import Row, read_rows
 
@@ -53,7 +54,7 @@ def read_answers_by(
         if questions is not None:
             question_id = row.text(*ID_FIELDS)
             if question_id not in asked:
-                raise row.error(f"question_id {question_id!r} is not in {questions.name}")
+                raise row.error(f"question_id {shortened(question_id)} is not in {questions.name}")
             row = Row({**asked[question_id], **row.fields}, row.where)
         item_id = key(row)
         if text is not None and item_id is not None:
@@ -84,11 +85,11 @@ def join_answers(answers: Iterable[tuple[Row, str, str]], items: Sequence[Evalua
     found: dict[str, str] = {}
     for row, item_id, text in answers:
         if item_id in found:
-            raise row.error(f"a second answer to {item_id!r}", remedy="Keep one answer per question.")
+            raise row.error(f"a second answer to {shortened(item_id)}", remedy="Keep one answer per question.")
         if item_id not in known:
-            example = f", for example {items[0].id!r}" if items else ""
+            example = f", for example {shortened(items[0].id)}" if items else ""
             raise row.error(
-                f"{item_id!r} is no question of the benchmark",
+                f"{shortened(item_id)} is no question of the benchmark",
                 remedy=f"It has {len(items)} questions{example}; check that the two files belong together.",
             )
         found[item_id] = text
@@ -102,7 +103,7 @@ def _questions(path: Path) -> dict[str, Mapping[str, Any]]:
         question_id = row.text(*ID_FIELDS)
         if question_id in asked:
             raise row.error(
-                f"question_id {question_id!r} stands twice, so answers cannot be told apart",
+                f"question_id {shortened(question_id)} stands twice, so answers cannot be told apart",
                 remedy="Score each split with its own question file.",
             )
         asked[question_id] = {**row.fields, "question": row.text("text", "question")}

@@ -342,7 +342,7 @@ def _headline_metric(rows: Sequence[Row], first: str | None) -> str:
     plain = [name for name in names if "/" not in name] or names
     if "accuracy" in plain:
         return "accuracy"
-    return first if first in plain else str(plain[0])
+    return first if first is not None and first in plain else str(plain[0])
 
 
 def _records_of(model: ModelInfo, task: str, split: str | None, only_split: bool) -> dict[Cell, CellRecords]:

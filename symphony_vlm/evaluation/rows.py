@@ -50,8 +50,10 @@ class Row:
     def text(self, *names: str) -> str:
         """The first of the fields that is there, as text; a number is written out, an integer without a point."""
         value = self.get(*names)
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return str(int(value)) if float(value).is_integer() else str(value)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return str(value)
+        if isinstance(value, float):
+            return str(int(value)) if value.is_integer() else str(value)
         if not isinstance(value, str):
             name = next(name for name in names if self.fields.get(name) is not None)
             raise self.error(f"field {name!r} is {shortened(value)}; it must be text")

@@ -10,6 +10,7 @@ from typing import Any
 
 from symphony_vlm.errors import InputError
 from symphony_vlm.evaluation.item import EvaluationItem, Outcome, Scored
+from symphony_vlm.evaluation.loading import whole_number
 from symphony_vlm.evaluation.metrics import Metric, metric_values
 from symphony_vlm.evaluation.rows import file_sha256
 from symphony_vlm.evaluation.rules.letters import letters
@@ -104,8 +105,9 @@ def parse_on_unparsed(text: str) -> OnUnparsed:
     kind, _, seed = text.partition(":")
     if text == "wrong":
         return None
-    if kind == "random" and seed.isdigit():
-        return int(seed)
+    number = whole_number(seed)
+    if kind == "random" and number is not None:
+        return number
     raise InputError(f"{text!r} must be wrong or random:SEED, for example random:42", where="--on-unparsed")
 
 

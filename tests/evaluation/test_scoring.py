@@ -180,6 +180,10 @@ def test_the_example_in_the_documentation_scores(tmp_path: Path, capsys: Said) -
     assert summary["n_unparsed"] == 1
 
 
+def test_the_documentation_shows_the_example_as_it_is() -> None:
+    assert f"```python\n{EXAMPLE.read_text()}```" in (EXAMPLE.parents[2] / "evaluation.md").read_text()
+
+
 def test_the_example_is_as_short_as_promised() -> None:
     code = [line for line in EXAMPLE.read_text().splitlines() if line.strip()]
     assert len(code) <= 30

@@ -13,7 +13,7 @@ from pathlib import Path
 from symphony_vlm.data.fields import shortened
 from symphony_vlm.errors import InputError
 from symphony_vlm.evaluation.item import EvaluationItem, Scored
-from symphony_vlm.evaluation.loading import key_of, needed, unique
+from symphony_vlm.evaluation.loading import key_of, needed, unique, whole_number
 from symphony_vlm.evaluation.rows import Row, read_rows
 from symphony_vlm.evaluation.rules.letters import LETTER_INSTRUCTION, letters, options_block, score_letter
 from symphony_vlm.evaluation.task import Task
@@ -48,16 +48,19 @@ def _item(row: Row, number: int, image_folder: Path | None, mask: bool) -> Evalu
     if not isinstance(options, list) or not 1 <= len(options) <= 26:
         raise row.error(f"field 'options' is {shortened(options)}; it must be a list of texts")
     choices, index = tuple(map(str, options)), row.text("answer")
-    if not index.isdigit() or int(index) >= len(choices):
-        raise row.error(f"the answer is {index!r}; it must be the index of one of {len(choices)} options")
+    place = whole_number(index)
+    if place is None or place >= len(choices):
+        raise row.error(f"the answer is {shortened(index)}; it must be the index of one of {len(choices)} options")
     if row.fields.get("mask") not in (None, mask):
-        raise row.error(f"field 'mask' is {row.fields['mask']!r}", remedy="Use the other one of ai2d and ai2d_no_mask.")
+        raise row.error(
+            f"field 'mask' is {shortened(row.fields['mask'])}", remedy="Use the other one of ai2d and ai2d_no_mask."
+        )
     item_id = row.text("question_id", "id") if {"question_id", "id"} & set(row.fields) else str(number)
     images = row.images("image", folder=image_folder)
     return EvaluationItem(
         id=item_id,
         question=f"{row.text('question')}\n{options_block(choices)}{LETTER_INSTRUCTION}",
-        answers=(letters(len(choices))[int(index)],),
+        answers=(letters(len(choices))[place],),
         images=images,
         image_key=key_of(images, item_id),
         choices=choices,
@@ -76,7 +79,9 @@ def _score(prediction: str, item: EvaluationItem) -> Scored:
 
 
 def _task(name: str, split: str, *, mask: bool) -> Task:
-    return Task(name=name, split=split, load=partial(_load, mask=mask), score=_score, counts={"test": 3088})
+    return Task(
+        name=name, split=split, load=partial(_load, mask=mask), score=_score, max_new_tokens=128, counts={"test": 3088}
+    )
 
 
 TASKS = (_task("ai2d", "test, labels masked", mask=True), _task("ai2d_no_mask", "test, labels not masked", mask=False))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from symphony_vlm.data.fields import shortened
 from symphony_vlm.evaluation.item import EvaluationItem, Outcome, Scored
 from symphony_vlm.evaluation.loading import key_of, needed, unique
 from symphony_vlm.evaluation.metrics import Metric, group_accuracies, mean_of, share
@@ -38,7 +39,9 @@ def _item(row: Row, folder: Path | None) -> EvaluationItem:
     place = {name: row.text(name) for name in _PLACE}
     truth, visual = row.text("gt_answer"), row.text("visual_input")
     if truth not in ("0", "1") or visual not in ("0", "1", "2"):
-        raise row.error(f"gt_answer is {truth!r} and visual_input {visual!r}; they must be 0 or 1, and 0, 1 or 2")
+        raise row.error(
+            f"gt_answer is {shortened(truth)} and visual_input {shortened(visual)}; they must be 0 or 1, and 0, 1 or 2"
+        )
     # The file names a picture even where the question is asked without one.
     images = row.images("image", "filename", folder=folder) if visual != "0" else ()
     item_id = "/".join(place.values())
@@ -61,7 +64,7 @@ def _label(row: Row) -> str | None:
         return None
     label = row.text(given[0]).strip()
     if label not in ("0", "1", "2"):
-        raise row.error(f"field {given[0]!r} is {label!r}; it must be 0 (wrong), 1 (right) or 2 (unclear)")
+        raise row.error(f"field {given[0]!r} is {shortened(label)}; it must be 0 (wrong), 1 (right) or 2 (unclear)")
     return label
 
 

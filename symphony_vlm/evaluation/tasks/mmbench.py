@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from symphony_vlm.data.fields import shortened
 from symphony_vlm.evaluation.item import EvaluationItem, Outcome
-from symphony_vlm.evaluation.loading import key_of, needed, unique
+from symphony_vlm.evaluation.loading import key_of, needed, unique, whole_number
 from symphony_vlm.evaluation.metrics import Metric, lenient_score, mean_of, share
 from symphony_vlm.evaluation.rows import Row, read_rows
 from symphony_vlm.evaluation.rules.letters import LETTER_INSTRUCTION, options_block, score_letter
@@ -41,13 +42,13 @@ def _load(
 
 def _item(row: Row, by_index: Mapping[str, Row], image_folder: Path | None, instruction: str) -> EvaluationItem:
     index = row.text("index")
-    if not index.isdigit():
-        raise row.error(f"the index is {index!r}; it must be a number")
+    if whole_number(index) is None:
+        raise row.error(f"the index is {shortened(index)}; it must be a number")
     choices = _options(row)
     answer = row.text("answer").strip()
     if answer not in tuple("ABCD"[: len(choices)]):
         raise row.error(
-            f"the answer is {answer!r} and there are {len(choices)} options",
+            f"the answer is {shortened(answer)} and there are {len(choices)} options",
             remedy="Answers of the test split are not public: use the dev split.",
         )
     hint = _given(row, "hint")
@@ -153,6 +154,7 @@ def _task(name: str, language: str) -> Task:
         split="dev",
         load=partial(_load, language=language),
         score=score_letter,
+        max_new_tokens=1024,
         metrics=_metrics,
         counts={"mmbench_dev_20230712": 1176, "later dev files": 1164},
         count=lambda items: len({_question_of(item.id) for item in items}),

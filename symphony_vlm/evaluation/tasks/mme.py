@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from symphony_vlm.data.fields import shortened
 from symphony_vlm.data.sample import ImageRef
 from symphony_vlm.errors import InputError
 from symphony_vlm.evaluation.item import EvaluationItem, Outcome, Scored
@@ -117,10 +118,12 @@ def _item(
     row: Row, subtask: str, image: str, question: str, answer: str, images: tuple[ImageRef, ...]
 ) -> EvaluationItem:
     if subtask not in PERCEPTION + COGNITION:
-        raise row.error(f"{subtask!r} is no subtask of MME", remedy=f"Subtasks: {', '.join(PERCEPTION + COGNITION)}.")
+        raise row.error(
+            f"{shortened(subtask)} is no subtask of MME", remedy=f"Subtasks: {', '.join(PERCEPTION + COGNITION)}."
+        )
     answer = answer.strip().lower()
     if answer not in ("yes", "no"):
-        raise row.error(f"the answer is {answer!r}; it must be Yes or No")
+        raise row.error(f"the answer is {shortened(answer)}; it must be Yes or No")
     picture = f"{subtask}/{PurePosixPath(image).stem}"
     return EvaluationItem(
         id=_key(subtask, image, question),
@@ -240,6 +243,7 @@ TASK = Task(
     split="test",
     load=_load,
     score=_score,
+    max_new_tokens=128,
     metrics=_metrics,
     read_predictions=_read,
     read_self_contained=_self_contained,

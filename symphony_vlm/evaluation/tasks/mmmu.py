@@ -72,10 +72,12 @@ def _item(row: Row, image_folder: Path | None) -> EvaluationItem:
     item_id = row.text("id")
     match = _ID(item_id)
     if match is None or match[1] not in _DISCIPLINE_OF:
-        raise row.error(f"the id {item_id!r} names no subject of MMMU; it must look like validation_Accounting_1")
+        raise row.error(
+            f"the id {shortened(item_id)} names no subject of MMMU; it must look like validation_Accounting_1"
+        )
     kind = row.text("question_type")
     if kind not in _KINDS:
-        raise row.error(f"question_type is {kind!r}; it must be one of {', '.join(_KINDS)}")
+        raise row.error(f"question_type is {shortened(kind)}; it must be one of {', '.join(_KINDS)}")
     is_choice = _KINDS[kind]
     choices = _choices(row) if is_choice else ()
     images, unsupported = _images(row, choices, image_folder)
@@ -101,7 +103,7 @@ def _prompt(question: str, choices: Sequence[str]) -> str:
 def _choices(row: Row) -> tuple[str, ...]:
     """Options as a list, as a list written as a string, or by letter; none in the answer dictionary."""
     by_letter = row.fields.get("index2ans")
-    if isinstance(by_letter, dict):
+    if isinstance(by_letter, dict) and len(by_letter) <= 26:
         return tuple(str(by_letter.get(letter, "")) for letter in letters(len(by_letter)))
     options: Any = row.fields.get("options")
     if options is None:
@@ -206,6 +208,7 @@ TASK = Task(
     split="validation",
     load=_load,
     score=_score,
+    max_new_tokens=128,
     metrics=_metrics,
     read_predictions=_read,
     read_self_contained=_self_contained,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from symphony_vlm.data.fields import shortened
 from symphony_vlm.evaluation.item import EvaluationItem, Outcome, Scored
 from symphony_vlm.evaluation.loading import key_of, needed, unique
 from symphony_vlm.evaluation.metrics import Metric, group_accuracies, lenient_score, mean_of
@@ -26,7 +27,7 @@ def _load(data: Path | None, image_folder: Path | None, scratch: Path, seed: int
 def _item(row: Row, image_folder: Path | None) -> EvaluationItem:
     index, answer, question = row.text("index"), row.text("answer").strip(), row.text("question")
     if answer not in tuple("ABCD"):
-        raise row.error(f"the answer is {answer!r}; it must be one of A, B, C and D")
+        raise row.error(f"the answer is {shortened(answer)}; it must be one of A, B, C and D")
     images = row.images("image", folder=image_folder)
     return EvaluationItem(
         id=index,
@@ -88,6 +89,7 @@ TASK = Task(
     split="val",
     load=_load,
     score=_score,
+    max_new_tokens=128,
     metrics=_metrics,
     read_self_contained=_self_contained,
     counts={"val": 1500},

@@ -15,7 +15,7 @@ from symphony_vlm.data.fields import shortened
 from symphony_vlm.data.sample import Sample
 from symphony_vlm.errors import InputError
 from symphony_vlm.evaluation.item import EvaluationItem
-from symphony_vlm.evaluation.loading import key_of, needed, unique
+from symphony_vlm.evaluation.loading import key_of, needed, unique, whole_number
 from symphony_vlm.evaluation.rules.letters import (
     LETTER_INSTRUCTION,
     letters,
@@ -83,12 +83,13 @@ def _letter(answer: str, choices: Sequence[str], origin: str) -> str:
         return answer
     if list(choices).count(answer) == 1:
         return names[list(choices).index(answer)]
-    if answer.isdigit() and int(answer) < len(choices):
-        return names[int(answer)]
+    index = whole_number(answer)
+    if index is not None and index < len(choices):
+        return names[index]
     raise InputError(
-        f"the answer is {answer!r}; it must be one of {', '.join(names)}, the text of an option, or its index from 0",
+        f"the answer is {shortened(answer)}; it must be a letter of {names}, the text of an option, or its index",
         where=origin,
     )
 
 
-TASK = Task(name="multiple_choice", split="data", load=_load, score=score_letter)
+TASK = Task(name="multiple_choice", split="data", load=_load, score=score_letter, max_new_tokens=128)

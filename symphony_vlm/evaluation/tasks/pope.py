@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from symphony_vlm.data.fields import shortened
 from symphony_vlm.evaluation.item import EvaluationItem, Outcome, Scored
 from symphony_vlm.evaluation.loading import key_of, needed, unique
 from symphony_vlm.evaluation.metrics import Metric, lenient_score, mean_of, share
@@ -44,7 +45,7 @@ def _is_file(folder: Path, split: str) -> bool:
 def _item(row: Row, named: str, folder: Path) -> EvaluationItem:
     label = row.text("label", "answer").strip().lower()
     if label not in ("yes", "no"):
-        raise row.error(f"the label is {label!r}; it must be yes or no")
+        raise row.error(f"the label is {shortened(label)}; it must be yes or no")
     split = row.text("category") if row.fields.get("category") else named
     question = _question(row.text("text", "question"))
     picture = _picture(row.text("image_source", "image"))
@@ -87,7 +88,6 @@ class _Keys:
     """Row -> item id: by our own id, by picture and question, or by question_id where ids are unique."""
 
     def __init__(self, items: Sequence[EvaluationItem]) -> None:
-        self._own = {item.id for item in items}
         self._splits = {item.group for item in items}
         self._by_text: dict[tuple[str, str], list[EvaluationItem]] = {}
         self._by_id: dict[str, list[EvaluationItem]] = {}
@@ -96,9 +96,9 @@ class _Keys:
             self._by_id.setdefault(item.meta["question_id"], []).append(item)
 
     def __call__(self, row: Row) -> str | None:
-        if row.fields.get("item_id") in self._own:
-            return str(row.fields["item_id"])
-        category = row.fields.get("category")
+        if row.fields.get("item_id") is not None:
+            return row.text("item_id")
+        category = row.text("category") if row.fields.get("category") is not None else None
         if category in SPLITS and None not in self._splits and category not in self._splits:
             return None  # LLaVA's answer file holds all three splits, the annotations perhaps one
         question = _question(row.text("question", "prompt"))
@@ -108,7 +108,7 @@ class _Keys:
             found = self._by_id.get(row.text(*ID_FIELDS), [])
             if len(found) == 1 and found[0].meta["question"] != question:
                 raise row.error(
-                    f"the question of this id is {found[0].meta['question']!r}, not {question!r}",
+                    f"the question of this id is {shortened(found[0].meta['question'])}, not {shortened(question)}",
                     remedy="Predictions and annotations are of different versions of POPE.",
                 )
         if category is not None and None not in self._splits:
@@ -193,6 +193,7 @@ TASK = Task(
     split="test",
     load=_load,
     score=_score,
+    max_new_tokens=128,
     metrics=_metrics,
     read_predictions=_read,
     read_with_questions=_read,

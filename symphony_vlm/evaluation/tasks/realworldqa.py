@@ -54,4 +54,4 @@ def _score(prediction: str, item: EvaluationItem) -> Scored:
     return Scored(score=float(letter == item.answers[0]), parsed=letter)
 
 
-TASK = Task(name="realworldqa", split="test", load=_load, score=_score, counts={"test": 765})
+TASK = Task(name="realworldqa", split="test", load=_load, score=_score, max_new_tokens=128, counts={"test": 765})

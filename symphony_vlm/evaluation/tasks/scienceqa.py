@@ -133,6 +133,7 @@ TASK = Task(
     split="test",
     load=_load,
     score=_score,
+    max_new_tokens=1024,
     metrics=_metrics,
     counts={"test": 4241, "test with an image": 2017},
 )

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from symphony_vlm.data.fields import shortened
 from symphony_vlm.evaluation.item import EvaluationItem, Scored
-from symphony_vlm.evaluation.loading import key_of, needed, unique
+from symphony_vlm.evaluation.loading import key_of, needed, unique, whole_number
 from symphony_vlm.evaluation.predictions import ID_FIELDS, read_answers_by
 from symphony_vlm.evaluation.rows import Row, read_json, read_rows
 from symphony_vlm.evaluation.rules.letters import LETTER_INSTRUCTION, options_block, strict_letter
@@ -31,22 +32,24 @@ def _load(data: Path | None, image_folder: Path | None, scratch: Path, seed: int
 
 def _type(row: Row) -> int:
     value = row.text("question_type_id")
-    if not value.isdigit():
-        raise row.error(f"question_type_id is {value!r}; it must be a number")
-    return int(value)
+    number = whole_number(value)
+    if number is None:
+        raise row.error(f"question_type_id is {shortened(value)}; it must be a number")
+    return number
 
 
 def _type_names(data: Path) -> dict[int, str]:
     value = read_json(data) if data.is_file() and data.suffix == ".json" else {}
     named: Any = value.get("question_type") if isinstance(value, dict) else None
-    return {int(number): str(name) for name, number in named.items()} if isinstance(named, dict) else {}
+    pairs = named.items() if isinstance(named, dict) else ()
+    return {number: name for name, number in pairs if isinstance(number, int)}
 
 
 def _item(row: Row, names: dict[int, str], image_folder: Path | None, others: frozenset[str]) -> EvaluationItem:
     choices = tuple(row.text(name) for name in _CHOICES)
     answer = row.text("answer").strip()
     if answer not in tuple("ABCD"):
-        raise row.error(f"the answer is {answer!r}; it must be one of A, B, C and D")
+        raise row.error(f"the answer is {shortened(answer)}; it must be one of A, B, C and D")
     images = row.images("image", "data_id", folder=image_folder)
     return EvaluationItem(
         id=row.text("question_id"),
@@ -98,6 +101,7 @@ TASK = Task(
     split="image",
     load=_load,
     score=_score,
+    max_new_tokens=128,
     read_predictions=_read,
     read_self_contained=_self_contained,
     counts={"image": 14233},
