@@ -36,7 +36,12 @@ def read_answers(path: Path, items: Sequence[EvaluationItem]) -> dict[str, str]:
 
 
 def read_answers_by(
-    key: Callable[[Row], str | None], path: Path, items: Sequence[EvaluationItem], *, questions: Path | None = None
+    key: Callable[[Row], str | None],
+    path: Path,
+    items: Sequence[EvaluationItem],
+    *,
+    questions: Path | None = None,
+    text_fields: Sequence[str] = TEXT_FIELDS,
 ) -> dict[str, str]:
     """`read_answers` with the benchmark's own key.
 
@@ -46,11 +51,12 @@ def read_answers_by(
         items: What was asked.
         questions: LLaVA's question file; each answer line gets the fields of the line of its ``question_id``, and
             ``question`` holds that line's text.
+        text_fields: Where a row has its answer, the first that is there.
     """
     asked = {} if questions is None else _questions(questions)
     answers = []
     for row in read_rows(path, as_pairs=("question_id", "text")):
-        text = answer_text(row)
+        text = answer_text(row, text_fields)
         if questions is not None:
             question_id = row.text(*ID_FIELDS)
             if question_id not in asked:
@@ -62,16 +68,16 @@ def read_answers_by(
     return join_answers(answers, items)
 
 
-def answer_text(row: Row) -> str | None:
+def answer_text(row: Row, fields: Sequence[str] = TEXT_FIELDS) -> str | None:
     """The answer of a row, as it stands: some official rules tell ``no`` from ``no`` with a line end.
 
     None where the field is null, as in our own record of an item that failed.
     """
-    for name in TEXT_FIELDS:
+    for name in fields:
         # The first field that is there, null or not: behind it a record may have the truth as its answer.
         if name in row.fields:
             return None if row.fields[name] is None else row.text(name)
-    raise row.error(f"no answer: none of the fields {', '.join(TEXT_FIELDS)} is there")
+    raise row.error(f"no answer: none of the fields {', '.join(fields)} is there")
 
 
 def join_answers(answers: Iterable[tuple[Row, str, str]], items: Sequence[EvaluationItem]) -> dict[str, str]:

@@ -86,7 +86,7 @@ def test_mmbench_is_right_only_in_every_rotation(tmp_path: Path) -> None:
     assert score.values["circular_lenient"] == pytest.approx(2 / 3)
     assert score.values["vanilla_lenient"] == 1.0
     assert score.values["circular/colour"] == 0 and score.values["vanilla/colour"] == 1
-    assert score.values["circular/coarse"] == 0.5
+    assert score.values["circular/l2/coarse"] == 0.5
     assert score.n_unparsed == 1 and score.subset
 
 

@@ -71,3 +71,14 @@ def test_the_report_compares_shares_of_the_best_value(mme: Path, tiny_model_fold
             row["value"] = 500.0
     path.write_text(json.dumps(document))
     assert collect([load_evaluation(tmp_path)]).scores[0].values == {("none", 0): 0.25}
+
+
+def test_a_file_of_ones_own_is_a_task(tiny_model_folder: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (40, 40), (80, 90, 10)).save(tmp_path / "1.png")
+    (tmp_path / "data.json").write_text('[{"id": 1, "image": "1.png", "question": "How many?", "count": 3}]')
+    example = Path(__file__).resolve().parents[2] / "docs" / "examples" / "tasks" / "counting.py"
+    plan = EvaluationPlan(model=str(tiny_model_folder), tasks=(str(example),), data=tmp_path / "data.json")
+    summary = evaluate(plan, tmp_path / "out", console=Console(quiet=True))
+    assert set(summary.headline) == {"counting/none/0"} and summary.num_errors == 0
+    rows = json.loads(summary.results.read_text())["results"]
+    assert [row["metric"] for row in rows] == ["accuracy", "within_one"]

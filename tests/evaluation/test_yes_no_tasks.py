@@ -127,6 +127,25 @@ def test_pope_of_another_version_is_refused(tmp_path: Path) -> None:
         score_files(get_task("pope"), answers, annotations=labels)
 
 
+def test_pope_answers_need_no_prompt_and_may_have_another_instruction(tmp_path: Path) -> None:
+    labels = write_lines(tmp_path / "coco_pope_random.json", POPE[:2])
+    lines = [
+        {"question_id": 1, "text": "Yes"},
+        {"question_id": 2, "prompt": "<image>\n" + POPE[1]["text"] + "\nAnswer yes or no.", "text": "No"},
+    ]
+    score = score_files(get_task("pope"), write_lines(tmp_path / "a.jsonl", lines), annotations=labels)
+    assert score.values["accuracy"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "status"),
+    [("Yes", "ok"), ("There is not.", "ok"), ("NO", "ambiguous"), ("unknown", "unparsed"), (" ", "empty")],
+)
+def test_pope_says_where_the_rule_only_guessed(text: str, status: str, tmp_path: Path) -> None:
+    item = get_task("pope").load(write_lines(tmp_path / "pope.json", POPE[:1]), None, tmp_path, 0)[0]
+    assert get_task("pope").score(text, item).status == status
+
+
 def test_pope_missing_counts_wrong_and_is_reported(tmp_path: Path) -> None:
     labels = write_lines(tmp_path / "coco_pope_random.json", POPE)
     score = score_files(get_task("pope"), pope_answers(tmp_path / "a.jsonl", ["Yes", "No", "Yes"]), annotations=labels)
@@ -307,5 +326,9 @@ def test_hallusionbench_asks_without_the_picture_where_there_is_none(tmp_path: P
     assert [len(item.images) for item in items] == [1, 1, 1, 0, 1]
     assert len({item.cluster for item in items}) == 2
     answers = write_lines(tmp_path / "a.jsonl", [{**HALLUSION[0], "model_prediction": "No"}])
+    failed = write_lines(tmp_path / "f.jsonl", [{"item_id": items[0].id, "prediction": None, "answer": "yes"}])
+    assert (
+        len(score_files(get_task("hallusionbench"), failed, annotations=tmp_path / "HallusionBench.json").missing) == 5
+    )
     score: Score = score_files(get_task("hallusionbench"), answers, annotations=tmp_path / "HallusionBench.json")
     assert score.values["aAcc"] == 0 and len(score.missing) == 4

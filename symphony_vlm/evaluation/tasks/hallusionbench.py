@@ -15,7 +15,7 @@ from symphony_vlm.data.fields import shortened
 from symphony_vlm.evaluation.item import EvaluationItem, Outcome, Scored
 from symphony_vlm.evaluation.loading import key_of, needed, unique
 from symphony_vlm.evaluation.metrics import Metric, group_accuracies, mean_of, share
-from symphony_vlm.evaluation.predictions import ID_FIELDS, TEXT_FIELDS, join_answers
+from symphony_vlm.evaluation.predictions import ID_FIELDS, TEXT_FIELDS, read_answers_by
 from symphony_vlm.evaluation.rows import Row, read_rows
 from symphony_vlm.evaluation.rules.yes_no import only_yes_or_no
 from symphony_vlm.evaluation.statistics import Floats
@@ -86,8 +86,7 @@ def _read(path: Path, items: Sequence[EvaluationItem]) -> dict[str, str]:
     def key(row: Row) -> str:
         return "/".join(row.text(name) for name in _PLACE) if set(_PLACE) <= set(row.fields) else row.text(*ID_FIELDS)
 
-    rows = read_rows(path, as_pairs=("item_id", "text"))
-    return join_answers(((row, key(row), row.text("model_prediction", *TEXT_FIELDS)) for row in rows), items)
+    return read_answers_by(key, path, items, text_fields=("model_prediction", *TEXT_FIELDS))
 
 
 def _self_contained(path: Path) -> list[tuple[EvaluationItem, str]]:

@@ -129,14 +129,14 @@ def _metrics(outcomes: Sequence[Outcome]) -> list[Metric]:
         _circular("circular_lenient", lenient_score, everywhere),
         mean_of("vanilla_lenient", lenient_score, where=_is_vanilla),
     ]
-    readers: tuple[Callable[[Outcome], str | None], ...] = (
-        lambda outcome: outcome.item.group,
-        lambda outcome: outcome.item.meta["l2_category"],
-    )
-    for read in readers:
+    readers: dict[str, Callable[[Outcome], str | None]] = {
+        "": lambda outcome: outcome.item.group,
+        "l2/": lambda outcome: outcome.item.meta["l2_category"],
+    }
+    for prefix, read in readers.items():
         for name in sorted({found for outcome in outcomes if (found := read(outcome)) is not None}):
-            metrics.append(_circular(f"circular/{name}", _score_of, partial(_belongs, read, name)))
-            metrics.append(mean_of(f"vanilla/{name}", where=partial(_belongs_vanilla, read, name)))
+            metrics.append(_circular(f"circular/{prefix}{name}", _score_of, partial(_belongs, read, name)))
+            metrics.append(mean_of(f"vanilla/{prefix}{name}", where=partial(_belongs_vanilla, read, name)))
     return metrics
 
 

@@ -74,7 +74,7 @@ def _metrics(outcomes: Sequence[Outcome]) -> list[Metric]:
         mean_of("accuracy_strict", _is_letter),
         mean_of("accuracy_lenient", lenient_score),
         *group_accuracies(outcomes),
-        *group_accuracies(outcomes, lambda outcome: outcome.item.meta["l2_category"]),
+        *group_accuracies(outcomes, lambda outcome: outcome.item.meta["l2_category"], prefix="accuracy/l2"),
     ]
 
 

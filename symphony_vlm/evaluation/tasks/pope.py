@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from symphony_vlm.data.fields import shortened
-from symphony_vlm.evaluation.item import EvaluationItem, Outcome, Scored
+from symphony_vlm.evaluation.item import EvaluationItem, Outcome, ParseStatus, Scored
 from symphony_vlm.evaluation.loading import key_of, needed, unique
 from symphony_vlm.evaluation.metrics import Metric, lenient_score, mean_of, share
 from symphony_vlm.evaluation.predictions import ID_FIELDS, read_answers_by
@@ -62,7 +62,8 @@ def _item(row: Row, named: str, folder: Path) -> EvaluationItem:
 
 
 def _question(text: str) -> str:
-    return text.removesuffix(SHORT_INSTRUCTION).strip()
+    """A question without mark and instruction: it is one line."""
+    return text.removeprefix("<image>\n").partition("\n")[0].strip()
 
 
 def _picture(name: str) -> str:
@@ -74,10 +75,18 @@ def _score(prediction: str, item: EvaluationItem) -> Scored:
     return Scored(
         score=float(parsed == item.answers[0]),
         parsed=parsed,
-        # The rule makes yes of anything: say where the answer did not.
-        status="empty" if not prediction.strip() else "ok" if parsed == "no" or lenient == "yes" else "unparsed",
+        status=_status(prediction, parsed, lenient),
         lenient=float(lenient == item.answers[0]),
     )
+
+
+def _status(prediction: str, parsed: str, lenient: str | None) -> ParseStatus:
+    """The rule makes yes of anything that is not no: say where the answer did not."""
+    if not prediction.strip():
+        return "empty"
+    if parsed == "no" or lenient == "yes":
+        return "ok"
+    return "unparsed" if lenient is None else "ambiguous"
 
 
 def _read(path: Path, items: Sequence[EvaluationItem], questions: Path | None = None) -> dict[str, str]:
@@ -101,16 +110,14 @@ class _Keys:
         category = row.text("category") if row.fields.get("category") is not None else None
         if category in SPLITS and None not in self._splits and category not in self._splits:
             return None  # LLaVA's answer file holds all three splits, the annotations perhaps one
-        question = _question(row.text("question", "prompt"))
         if isinstance(row.fields.get("image"), str):
+            question = _question(row.text("question", "prompt"))
             found = self._by_text.get((_picture(row.fields["image"]), question), [])
         else:
-            found = self._by_id.get(row.text(*ID_FIELDS), [])
-            if len(found) == 1 and found[0].meta["question"] != question:
-                raise row.error(
-                    f"the question of this id is {shortened(found[0].meta['question'])}, not {shortened(question)}",
-                    remedy="Predictions and annotations are of different versions of POPE.",
-                )
+            question = row.text(*ID_FIELDS)
+            found = self._by_id.get(question, [])
+            if len(found) == 1 and "prompt" in row.fields:
+                _check_question(row, found[0])
         if category is not None and None not in self._splits:
             found = [item for item in found if item.group == category]
         if len(found) > 1:
@@ -119,6 +126,15 @@ class _Keys:
                 remedy="Add --questions with LLaVA's question file, or score each split with its own annotation file.",
             )
         return found[0].id if found else question
+
+
+def _check_question(row: Row, item: EvaluationItem) -> None:
+    asked, own = _question(row.text("prompt")), item.meta["question"]
+    if asked != own:
+        raise row.error(
+            f"the question of this id is {shortened(own)}, not {shortened(asked)}",
+            remedy="Predictions and annotations are of different versions of POPE.",
+        )
 
 
 def _predicted(outcome: Outcome) -> str:
