@@ -11,7 +11,11 @@ from symphony_vlm.errors import InputError
 from symphony_vlm.evaluation.rows import Row
 from symphony_vlm.evaluation.rules.yes_no import SHORT_INSTRUCTION
 
-__all__ = ["asked_question", "find_file", "join_by_key", "picture", "short_prompt"]
+__all__ = ["SAID", "asked_question", "find_file", "join_by_key", "picture", "short_prompt"]
+
+SAID = ("text", "prediction", "response", "pred")
+"""Where an answer line has the answer, for benchmarks whose own records call the truth ``answer``: their annotations,
+given as predictions, must not score 100 %."""
 
 _INSTRUCTION = "\nAnswer the question "
 _OCR_LINE = "\nReference OCR token:"

@@ -16,7 +16,7 @@ from symphony_vlm.errors import InputError
 from symphony_vlm.evaluation.benchmark_files import picture
 from symphony_vlm.evaluation.loading import needed, unique
 from symphony_vlm.evaluation.metrics import Metric, Outcome, mean_of
-from symphony_vlm.evaluation.predictions import ID_FIELDS, TEXT_FIELDS, join_answers
+from symphony_vlm.evaluation.predictions import ID_FIELDS, TEXT_FIELDS, answer_text, join_answers
 from symphony_vlm.evaluation.rows import Row, read_json, read_rows
 from symphony_vlm.evaluation.rules.captions import bleu, bleu_statistics, check_libraries, cider, sentence_bleu
 from symphony_vlm.evaluation.statistics import Floats
@@ -72,10 +72,7 @@ def _read(path: Path, items: Sequence[EvaluationItem]) -> dict[str, str]:
 
 
 def _caption(row: Row) -> str | None:
-    for name in ("caption", *TEXT_FIELDS):
-        if name in row.fields:
-            return None if row.fields[name] is None else row.text(name)
-    raise row.error("field 'caption' is missing")
+    return answer_text(row, ("caption", *TEXT_FIELDS))
 
 
 def _cider_terms(outcomes: Sequence[Outcome]) -> Floats:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from symphony_vlm.evaluation.benchmark_files import asked_question, join_by_key, picture, short_prompt
+from symphony_vlm.evaluation.benchmark_files import SAID, asked_question, join_by_key, picture, short_prompt
 from symphony_vlm.evaluation.loading import needed, unique
 from symphony_vlm.evaluation.metrics import Metric, Outcome, mean_of, share
 from symphony_vlm.evaluation.predictions import ID_FIELDS, answer_text
@@ -121,7 +121,7 @@ def _read(path: Path, items: Sequence[EvaluationItem], questions: Path | None = 
             keys.setdefault(str(item.meta["place"]), [item.id])
     asked = {row.text(*ID_FIELDS): row for row in read_rows(questions)} if questions else {}
     rows = read_rows(path, as_pairs=("question_id", "text"))
-    return join_by_key(((row, _key(row, keys, asked), answer_text(row)) for row in rows), keys)
+    return join_by_key(((row, _key(row, keys, asked), answer_text(row, SAID)) for row in rows), keys)
 
 
 def _key(row: Row, keys: dict[Hashable, list[str]], asked: dict[str, Row]) -> Hashable:

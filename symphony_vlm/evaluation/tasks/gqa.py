@@ -16,10 +16,11 @@ from pathlib import Path
 import numpy as np
 
 from symphony_vlm.data.fields import shortened
-from symphony_vlm.evaluation.benchmark_files import picture, short_prompt
+from symphony_vlm.evaluation.benchmark_files import SAID, picture, short_prompt
 from symphony_vlm.evaluation.breakdown import by_kind
 from symphony_vlm.evaluation.loading import needed, unique
 from symphony_vlm.evaluation.metrics import Metric, Outcome, mean_of, share
+from symphony_vlm.evaluation.predictions import ID_FIELDS, read_answers_by
 from symphony_vlm.evaluation.rows import Row, read_rows
 from symphony_vlm.evaluation.statistics import Floats
 from symphony_vlm.evaluation.task import EvaluationItem, Scored, Task
@@ -106,6 +107,10 @@ def score(prediction: str, item: EvaluationItem) -> Scored:
 
 def _parsed(prediction: str) -> str:
     return prediction.strip().rstrip(".").lower()
+
+
+def _read(path: Path, items: Sequence[EvaluationItem]) -> dict[str, str]:
+    return read_answers_by(lambda row: row.text(*ID_FIELDS), path, items, text_fields=SAID)
 
 
 def _balanced_score(outcome: Outcome) -> float | None:
@@ -209,5 +214,6 @@ TASK = Task(
     score=score,
     max_new_tokens=128,
     metrics=_metrics,
+    read_predictions=_read,
     counts={"testdev balanced": 12_578},
 )

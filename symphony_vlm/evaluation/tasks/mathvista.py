@@ -16,12 +16,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from symphony_vlm.evaluation.benchmark_files import picture
+from symphony_vlm.evaluation.benchmark_files import SAID, picture
 from symphony_vlm.evaluation.breakdown import by_kind
 from symphony_vlm.evaluation.judgements import known_score, not_judged
 from symphony_vlm.evaluation.loading import needed, unique
 from symphony_vlm.evaluation.metrics import Metric, Outcome, mean_of
-from symphony_vlm.evaluation.predictions import ID_FIELDS, TEXT_FIELDS, join_answers
+from symphony_vlm.evaluation.predictions import ID_FIELDS, answer_text, join_answers
 from symphony_vlm.evaluation.rows import Row, read_rows
 from symphony_vlm.evaluation.rules.mathvista import normalize_extraction, quick_extraction
 from symphony_vlm.evaluation.task import EvaluationItem, Scored, Task
@@ -109,12 +109,9 @@ def _responses(path: Path) -> list[tuple[Row, str | None]]:
 
 
 def _response(row: Row) -> str | None:
-    for name in ("response", *TEXT_FIELDS):
-        if name != "answer" and name in row.fields:  # in an official record, answer is the truth
-            return None if row.fields[name] is None else row.text(name)
-    if "extraction" in row.fields:
-        return ""
-    raise row.error("field 'response' is missing")
+    fields = ("response", *SAID)
+    # What a judge extracted can be scored without the response.
+    return "" if "extraction" in row.fields and not row.fields.keys() & {*fields} else answer_text(row, fields)
 
 
 def _judged(item: EvaluationItem, row: Row) -> EvaluationItem:

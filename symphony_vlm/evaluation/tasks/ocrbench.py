@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from symphony_vlm.evaluation.benchmark_files import picture
+from symphony_vlm.evaluation.benchmark_files import SAID, picture
 from symphony_vlm.evaluation.breakdown import by_kind
 from symphony_vlm.evaluation.loading import needed, unique
 from symphony_vlm.evaluation.metrics import Metric, Outcome, mean_of
-from symphony_vlm.evaluation.predictions import ID_FIELDS, TEXT_FIELDS, join_answers
+from symphony_vlm.evaluation.predictions import ID_FIELDS, answer_text, join_answers
 from symphony_vlm.evaluation.rows import Row, read_rows
 from symphony_vlm.evaluation.statistics import Floats
 from symphony_vlm.evaluation.task import EvaluationItem, Scored, Task
@@ -78,10 +78,7 @@ def _read(path: Path, items: Sequence[EvaluationItem]) -> dict[str, str]:
 
 
 def _predicted(row: Row) -> str | None:
-    for name in ("predict", *TEXT_FIELDS):
-        if name in row.fields:
-            return None if row.fields[name] is None else row.text(name)
-    raise row.error("field 'predict' is missing")
+    return answer_text(row, ("predict", *SAID))
 
 
 def _self_contained(path: Path) -> list[tuple[EvaluationItem, str]]:

@@ -159,3 +159,9 @@ def test_an_id_that_is_unknown_or_stands_twice(tmp_path: Path) -> None:
         write_json(tmp_path / "p.json", [{"questionId": name, "prediction": "a"} for name in ids])
         with pytest.raises(InputError, match=message):
             score_files(get_task("gqa"), tmp_path / "p.json", annotations=tmp_path / "q.json")
+
+
+def test_annotations_given_as_predictions_are_no_perfect_score(tmp_path: Path) -> None:
+    write_json(tmp_path / "q.json", _questions(3))
+    with pytest.raises(InputError, match="no answer: none of the fields text, prediction"):
+        score_files(get_task("gqa"), tmp_path / "q.json", annotations=tmp_path / "q.json")

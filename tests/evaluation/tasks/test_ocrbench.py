@@ -80,7 +80,7 @@ def test_prompt_and_pictures(tmp_path: Path) -> None:
 def test_faults(tmp_path: Path) -> None:
     write_json(tmp_path / "OCRBench.json", RECORDS)
     for rows, message in [
-        ([{"id": 0}], "field 'predict' is missing"),
+        ([{"id": 0}], "no answer: none of the fields predict"),
         ([{"id": 9, "predict": "a"}], "'9' is no question"),
         ([{"id": 1, "predict": "a"}] * 2, "a second answer to '1'"),
     ]:
