@@ -30,13 +30,15 @@ FOLDERS_OUTSIDE = {"train", "eval", "demo", "configs", "tests", "benchmarks"}
 ONLY_INSIDE_FUNCTIONS = {
     "bitsandbytes",
     "deepspeed",
+    "flash_attn",
     "gradio",
     "lmms_eval",
     "open_clip",
     "peft",
+    "pycocoevalcap",
+    "sacrebleu",
     "timm",
     "wandb",
-    "flash_attn",
 }
 
 

@@ -19,10 +19,11 @@ def evaluate(
     model: Annotated[str, typer.Option(help="Folder of a model or of a finished run, or a hub name.")],
     output: Annotated[Path, typer.Option(help="Folder for results and predictions.")],
     task: Annotated[
-        str | None, typer.Option(help="scenes, short_answer; default short_answer if --data is given.")
+        str | None,
+        typer.Option(help="Names of tasks or Python files that define TASK; default short_answer if --data is given."),
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="LLaVA JSON or JSONL, or parquet with image, question, answer.")
+        Path | None, typer.Option(help="The benchmark's official file or folder, or its name on the hub.")
     ] = None,
     image_folder: Annotated[Optional[Path], typer.Option(help="Base of the records' image paths.")] = None,  # noqa: UP045
     corruption: Annotated[str, typer.Option(help="Names separated by commas, common (15), all (19) or none.")] = "none",

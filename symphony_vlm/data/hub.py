@@ -23,13 +23,14 @@ def is_hub_id(name: str) -> bool:
     return _hub_id(name) is not None and not name.lower().endswith(tuple(FILE_FORMATS))
 
 
-def open_hub_table(name: str, *, subset: str | None, split: str | None) -> TableRows:
+def open_hub_table(name: str, *, subset: str | None, split: str | None, any_columns: bool = False) -> TableRows:
     """Open a hub data set, from the cache if it is there.
 
     Args:
         name: ``organisation/name``.
         subset: Its configuration, where it has several.
         split: The split, where it has several; ``train[:1000]`` and the like are understood.
+        any_columns: As in `TableRows`.
 
     Raises:
         InputError: Not found, not allowed (gated), no network and not in the cache, several subsets or splits and none
@@ -48,7 +49,7 @@ def open_hub_table(name: str, *, subset: str | None, split: str | None) -> Table
         raise _hub_error(name, error) from error
     files = fingerprint_of_files([Path(entry["filename"]) for entry in table.cache_files])
     fingerprint = hashlib.sha256(f"{files}\0{split}".encode()).hexdigest()  # of train[:10] and train they are the same
-    return TableRows(table=table, name=name, fingerprint=fingerprint)
+    return TableRows(table=table, name=name, fingerprint=fingerprint, any_columns=any_columns)
 
 
 def _only_split(name: str, subset: str | None) -> str:

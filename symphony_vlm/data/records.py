@@ -140,7 +140,9 @@ def _question_turns(row: Mapping[str, Any], origin: str) -> list[Turn]:
 
 
 def _answer(value: object, origin: str) -> str:
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, float) and math.isfinite(value):
         return str(value)
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
         # Several annotators: the most frequent answer; among equals, the first given.

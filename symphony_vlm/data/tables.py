@@ -29,13 +29,14 @@ class TableRows:
         table: The data set.
         name: For messages.
         fingerprint: Of the rows.
+        any_columns: Whether rows need not be conversations or questions (benchmarks have columns of their own).
 
     Raises:
         InputError: Its columns fit none of the forms of records.
     """
 
-    def __init__(self, *, table: Dataset, name: str, fingerprint: str) -> None:
-        if not has_form(table.column_names):
+    def __init__(self, *, table: Dataset, name: str, fingerprint: str, any_columns: bool = False) -> None:
+        if not any_columns and not has_form(table.column_names):
             raise InputError(
                 f"has the columns {', '.join(table.column_names)}; it must have {FORMS}",
                 where=name,
@@ -56,7 +57,7 @@ class TableRows:
         return f"row {index}"
 
 
-def open_table_files(path: Path, files: Sequence[Path], file_format: str) -> TableRows:
+def open_table_files(path: Path, files: Sequence[Path], file_format: str, *, any_columns: bool = False) -> TableRows:
     """Open ``parquet`` or ``arrow`` files, one after the other.
 
     Arrow files in the stream format (what ``datasets`` writes) are mapped in place; for others ``datasets`` keeps a
@@ -66,6 +67,7 @@ def open_table_files(path: Path, files: Sequence[Path], file_format: str) -> Tab
         path: What the user gave, for messages.
         files: All with the same columns.
         file_format: ``parquet`` or ``arrow``.
+        any_columns: As in `TableRows`.
 
     Raises:
         InputError: Not readable, or of columns of no form.
@@ -87,10 +89,10 @@ def open_table_files(path: Path, files: Sequence[Path], file_format: str) -> Tab
             where=str(path),
             remedy=f"Write or download it again; all {file_format} files of a folder must have the same columns.",
         ) from error
-    return TableRows(table=table, name=path.name, fingerprint=fingerprint_of_files(files))
+    return TableRows(table=table, name=path.name, fingerprint=fingerprint_of_files(files), any_columns=any_columns)
 
 
-def open_saved_table(path: Path) -> TableRows:
+def open_saved_table(path: Path, *, any_columns: bool = False) -> TableRows:
     """Open the folder of one split written by ``Dataset.save_to_disk``.
 
     Raises:
@@ -108,7 +110,7 @@ def open_saved_table(path: Path) -> TableRows:
             where=str(path),
             remedy="Write or download it again.",
         ) from error
-    return TableRows(table=table, name=path.name, fingerprint=fingerprint_of_files(files))
+    return TableRows(table=table, name=path.name, fingerprint=fingerprint_of_files(files), any_columns=any_columns)
 
 
 def _is_stream(file: Path) -> bool:

@@ -20,7 +20,13 @@ __all__ = ["constant_baselines", "same_question_baseline", "text_only_baseline"]
 
 
 def constant_baselines(task: str, items: Sequence[EvaluationItem], *, seed: int) -> list[dict[str, Any]]:
-    """The best constant answer, over all items and per group: chosen on the items themselves, so an upper bound."""
+    """The best constant answer, over all items and per group: chosen on the items themselves, so an upper bound.
+
+    Items whose answers are not public are left out.
+    """
+    items = [item for item in items if item.answers]
+    if not items:
+        return []
     overall = Counter(item.answers[0] for item in items).most_common(1)[0][0]
     by_group: dict[str | None, Counter[str]] = {}
     for item in items:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -160,9 +161,11 @@ def _record(
         "group": item.group,
         "question": item.question,
         "prediction": prediction,
-        "answer": item.answers[0],
+        "answer": item.answers[0] if item.answers else None,
         "parsed": scored.parsed if scored else None,
         "parse_status": scored.status if scored else "error",
-        "score": scored.score if scored else None,
+        # Not known until a judge has been asked, or ever: NaN is no JSON.
+        "score": scored.score if scored and not math.isnan(scored.score) else None,
+        "lenient": scored.lenient if scored else None,
         "error": {"type": type(error).__name__, "message": str(error)} if error else None,
     }

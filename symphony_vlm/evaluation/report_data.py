@@ -293,10 +293,11 @@ def _scores(models: Sequence[ModelInfo], rows: Sequence[Row], baselines: Sequenc
     for task, task_splits in sorted(splits.items()):
         for split in sorted(task_splits, key=str):
             mine = [row for row in rows if row["task"] == task and row.get("split") == split]
-            metric = _headline_metric(mine)
+            metric = _headline_metric(mine, _first_metric(models, task, split))
             for model in models:
                 values = {
-                    (row["corruption"], row["severity"]): row["value"]
+                    # As a share of the best value: robustness compares 1 - score (MME's perception / 2000).
+                    (row["corruption"], row["severity"]): _share_of_best(row)
                     for row in mine
                     if row["metric"] == metric
                     and (row["model"], row["router"] or "none") == (model.model, model.router)
@@ -324,10 +325,24 @@ def _best_constant(baselines: Sequence[Baseline], task: str, metric: str) -> Bas
     return max((b for b in constant if b.value is not None), key=lambda b: b.value or 0.0, default=None)
 
 
-def _headline_metric(rows: Sequence[Row]) -> str:
+def _share_of_best(row: Row) -> float | None:
+    value = row["value"]
+    return None if value is None else value / row.get("scale", 1.0)
+
+
+def _first_metric(models: Sequence[ModelInfo], task: str, split: str | None) -> str | None:
+    """What the evaluation names first of a task."""
+    documents = (evaluation.document for model in models for evaluation in model.evaluations)
+    rows = (row for document in documents for row in document["results"])
+    return next((row["metric"] for row in rows if (row["task"], row.get("split")) == (task, split)), None)
+
+
+def _headline_metric(rows: Sequence[Row], first: str | None) -> str:
     names = [row["metric"] for row in rows if row.get("higher_is_better", True)] or [rows[0]["metric"]]
     plain = [name for name in names if "/" not in name] or names
-    return "accuracy" if "accuracy" in plain else str(plain[0])
+    if "accuracy" in plain:
+        return "accuracy"
+    return first if first is not None and first in plain else str(plain[0])
 
 
 def _records_of(model: ModelInfo, task: str, split: str | None, only_split: bool) -> dict[Cell, CellRecords]:

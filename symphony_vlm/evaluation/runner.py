@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -19,9 +18,11 @@ from symphony_vlm.errors import InputError
 from symphony_vlm.evaluation.baselines import constant_baselines
 from symphony_vlm.evaluation.cell import Cell, run_cell
 from symphony_vlm.evaluation.corruptions import canary, find_frost_textures
+from symphony_vlm.evaluation.item import Outcome
+from symphony_vlm.evaluation.metrics import Metric, metric_intervals
 from symphony_vlm.evaluation.predictor import Predictor
-from symphony_vlm.evaluation.statistics import clustered_bootstrap_mean
-from symphony_vlm.evaluation.task import EvaluationItem, Task, get_task
+from symphony_vlm.evaluation.statistics import Interval
+from symphony_vlm.evaluation.task import EvaluationItem, Scored, Task, get_task
 from symphony_vlm.files import write_json
 from symphony_vlm.model.loading import load, resolve_model_folder
 from symphony_vlm.training.provenance import provenance
@@ -99,6 +100,7 @@ def evaluate(plan: EvaluationPlan, output: Path, *, console: Console | None = No
     cells = [cell for task in tasks for cell in _cells(task, plan)]
     chosen = {cell.file_name: _choose(items[cell.task.name], plan, cell) for cell in cells}
     results: list[dict[str, Any]] = []
+    headlines: list[dict[str, Any]] = []
     columns = ("[bold]{task.description}", BarColumn(), MofNCompleteColumn(), TextColumn("questions"))
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
         total = sum(len(chosen[cell.file_name]) for cell in cells)
@@ -109,9 +111,11 @@ def evaluate(plan: EvaluationPlan, output: Path, *, console: Console | None = No
             )
             path = output / "predictions" / cell.file_name
             records = run_cell(cell, chosen[cell.file_name], predictor, path, advance)
-            results += _results(plan, cell, router, records)
+            rows = _results(plan, cell, router, chosen[cell.file_name], records)
+            headlines.append(rows[0])
+            results += rows
             if not console.is_terminal:
-                _print_cell(console, results, cell, advance.done, total, time.monotonic() - start)
+                _print_cell(console, rows[0], cell, advance.done, total, time.monotonic() - start)
     summary = {
         "results": results,
         "baselines": [b for task in tasks for b in constant_baselines(task.name, items[task.name], seed=plan.seed)],
@@ -128,10 +132,8 @@ def evaluate(plan: EvaluationPlan, output: Path, *, console: Console | None = No
     record = Path(resolve_model_folder(plan.model)) / "training.json"
     if record.is_file():
         shutil.copyfile(record, output / "training.json")
-    headline = {
-        f"{r['task']}/{r['corruption']}/{r['severity']}": r["value"] for r in results if r["metric"] == "accuracy"
-    }
-    errors = sum(r["n_errors"] for r in results if r["metric"] == "accuracy")
+    headline = {f"{r['task']}/{r['corruption']}/{r['severity']}": r["value"] for r in headlines}
+    errors = sum(r["n_errors"] for r in headlines)
     return EvaluationSummary(results=output / "results.json", headline=headline, num_errors=errors)
 
 
@@ -159,27 +161,43 @@ def _choose(items: Sequence[EvaluationItem], plan: EvaluationPlan, cell: Cell) -
     return chosen
 
 
-def _results(plan: EvaluationPlan, cell: Cell, router: str, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The cell's accuracy and, for the clean cell, the accuracy of each group."""
-    results = [_result(plan, cell, router, "accuracy", records)]
-    groups = sorted({r["group"] for r in records if r["group"] is not None})
-    if cell.severity == 0 and len(groups) > 1:
-        for group in groups:
-            members = [record for record in records if record["group"] == group]
-            results.append(_result(plan, cell, router, f"accuracy/{group}", members))
-    return results
+def _results(
+    plan: EvaluationPlan, cell: Cell, router: str, items: Sequence[EvaluationItem], records: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The task's figures, headline first; those of groups (``accuracy/colour``) for the clean cell only."""
+    outcomes = [
+        Outcome(item=item, prediction=record["prediction"], scored=cell.task.score(record["prediction"], item))
+        for item, record in zip(items, records, strict=True)
+        if record["prediction"] is not None
+    ]
+    # Records of items that failed still count as items, and groups are those of all items.
+    everything = [
+        Outcome(item=item, prediction=None, scored=Scored(score=0.0, parsed="", status="error")) for item in items
+    ]
+    metrics = [m for m in cell.task.metrics(outcomes or everything) if cell.severity == 0 or "/" not in m.name]
+    intervals = metric_intervals(metrics, outcomes, seed=plan.seed) if outcomes else {}
+    by_id = {record["item_id"]: record for record in records}
+    return [
+        _result(
+            plan,
+            cell,
+            router,
+            metric,
+            intervals.get(metric.name),
+            [by_id[outcome.item.id] for outcome in metric.members(everything)],
+        )
+        for metric in metrics
+    ]
 
 
 def _result(
-    plan: EvaluationPlan, cell: Cell, router: str, metric: str, records: list[dict[str, Any]]
+    plan: EvaluationPlan,
+    cell: Cell,
+    router: str,
+    metric: Metric,
+    interval: Interval | None,
+    records: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    scored = [record for record in records if record["score"] is not None]
-    value = low = high = None
-    if scored:
-        interval = clustered_bootstrap_mean(
-            np.array([record["score"] for record in scored]), [record["image_key"] for record in scored], seed=plan.seed
-        )
-        value, low, high = interval.value, interval.low, interval.high
     return {
         "model": plan.model,
         "router": router,
@@ -187,11 +205,12 @@ def _result(
         "split": cell.task.split,
         "corruption": cell.corruption,
         "severity": cell.severity,
-        "metric": metric,
-        "value": value,
-        "higher_is_better": True,
-        "ci_low": low,
-        "ci_high": high,
+        "metric": metric.name,
+        "value": interval.value if interval else None,
+        "higher_is_better": metric.higher_is_better,
+        "scale": metric.scale,
+        "ci_low": interval.low if interval else None,
+        "ci_high": interval.high if interval else None,
         "n_items": len(records),
         "n_images": len({record["image_key"] for record in records}),
         "n_errors": sum(record["error"] is not None for record in records),
@@ -199,10 +218,7 @@ def _result(
     }
 
 
-def _print_cell(
-    console: Console, results: list[dict[str, Any]], cell: Cell, done: int, total: int, seconds: float
-) -> None:
-    last = [r for r in results if r["metric"] == "accuracy"][-1]
+def _print_cell(console: Console, last: dict[str, Any], cell: Cell, done: int, total: int, seconds: float) -> None:
     shown = (
         "no score" if last["value"] is None else f"{last['value']:.3f} [{last['ci_low']:.3f}, {last['ci_high']:.3f}]"
     )

@@ -38,6 +38,7 @@ RESULT_FIELDS = {
     "metric",
     "value",
     "higher_is_better",
+    "scale",
     "ci_low",
     "ci_high",
     "n_items",

@@ -116,8 +116,12 @@ def test_kills_inside_checkpoint_writing_leave_no_trace(
 ) -> None:
     killed = folder_of(planned, f"killed{processes}")
     saving = "instruct: saving a checkpoint"
-    # In the third, the checkpoint was in its place already.
-    assert planned[str(killed)] == {1: [saving, saving, "instruct"], 2: [saving, saving]}[processes]
+    if processes == 1:
+        # In the third, the checkpoint was in its place already.
+        assert planned[str(killed)] == [saving, saving, "instruct"]
+    else:
+        # In the second, the first process may not have begun to save when the second one dies in it.
+        assert planned[str(killed)] in ([saving, saving], [saving, "instruct"])
     said = killed.with_suffix(".said").read_text()
     assert re.findall(r"continuing after step (\d+)", said) == starts
     assert_equal_runs(killed, folder_of(planned, f"whole{processes}"))

@@ -1,0 +1,1 @@
+"""Rules that several benchmarks share: pure functions of texts."""
