@@ -33,6 +33,8 @@ class Score:
     on_unparsed: OnUnparsed = None
     sha256: Mapping[str, str] = field(default_factory=dict)
     """Of each file or folder that was read, by its role."""
+    notes: tuple[str, ...] = ()
+    """About how the files were read."""
 
     @property
     def missing(self) -> list[str]:
@@ -57,7 +59,7 @@ class Score:
     @property
     def warnings(self) -> list[str]:
         """What the figures do not say by themselves."""
-        found = []
+        found = list(self.notes)
         if self.subset:
             official = ", ".join(f"{name}: {n:,}" for name, n in self.task.counts.items())
             n = self.task.count([outcome.item for outcome in self.outcomes])
@@ -125,7 +127,8 @@ def score_files(
         task: The benchmark.
         predictions: In its official format or as LLaVA's answer lines.
         annotations: The official file or folder; None if the predictions hold the truth themselves.
-        questions: LLaVA's question file, where answer lines alone do not identify the item.
+        questions: LLaVA's question file, where answer lines alone do not identify the item; else it is not read, which
+            is a warning.
         on_unparsed: See `OnUnparsed`.
 
     Raises:
@@ -135,19 +138,28 @@ def score_files(
         raise InputError(
             "does not exist", where=f"--predictions {predictions}", remedy=f"Relative paths start at {Path.cwd()}."
         )
+    unread = questions is not None and (annotations is None or task.read_with_questions is None)
+    if unread:
+        questions = None
     roles = {"predictions": predictions, "annotations": annotations, "questions": questions}
     return score_outcomes(
         task,
         outcomes_of(task, predictions, annotations=annotations, questions=questions),
         on_unparsed=on_unparsed,
         sha256={role: file_sha256(path) for role, path in roles.items() if path is not None and path.exists()},
+        notes=(f"answers of {task.name} name their items: the question file was not read",) if unread else (),
     )
 
 
 def score_outcomes(
-    task: Task, outcomes: Sequence[Outcome], *, on_unparsed: OnUnparsed = None, sha256: Mapping[str, str] | None = None
+    task: Task,
+    outcomes: Sequence[Outcome],
+    *,
+    on_unparsed: OnUnparsed = None,
+    sha256: Mapping[str, str] | None = None,
+    notes: tuple[str, ...] = (),
 ) -> Score:
-    """The figures of outcomes."""
+    """The figures of outcomes; `notes` join the warnings."""
     if on_unparsed is not None:
         outcomes = guess_unparsed(outcomes, seed=on_unparsed)
     metrics = task.metrics(outcomes)
@@ -158,6 +170,7 @@ def score_outcomes(
         metrics=tuple(metrics),
         on_unparsed=on_unparsed,
         sha256=sha256 or {},
+        notes=notes,
     )
 
 
@@ -182,12 +195,10 @@ def outcomes_of(
     if questions is None and task.read_results is not None:
         pairs = {item.id: (item, text) for item, text in task.read_results(predictions, items)}
         return [outcome(task, *pairs.get(item.id, (item, None))) for item in items]
-    if questions is None:
+    if questions is None or task.read_with_questions is None:
         found = task.read_predictions(predictions, items)
-    elif task.read_with_questions is not None:
-        found = task.read_with_questions(predictions, items, questions)
     else:
-        raise InputError(f"{task.name} needs no question file", where="--questions", remedy="Leave it out.")
+        found = task.read_with_questions(predictions, items, questions)
     return [outcome(task, item, found.get(item.id)) for item in items]
 
 

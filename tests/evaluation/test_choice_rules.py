@@ -173,6 +173,7 @@ MMMU_CHOICES = ("$6", "$7", "the long one", "none")
         ("(B) then (A) then (B)", "B"),
         ("I think it must be the LONG one here", "C"),
         ("the long one", None),  # not more than five words
+        ("it is the long one", None),  # five words
         ("it is clearly the long one", "C"),  # six words
         ("none of us think the long one", "C"),
         ("", None),

@@ -193,17 +193,20 @@ def mmmu(number: int, answer: Any, response: str = "", *, subject: str = "Art", 
 def test_mmmu_result_folders_are_scored_with_and_without_the_guess(tmp_path: Path) -> None:
     write_json(tmp_path / "Math/output.json", [mmmu(1, ["8", "eight"], "so it is 8", subject="Math")])
     write_json(tmp_path / "Art/output.json", [mmmu(1, "B", "(B)"), mmmu(2, "A", ""), mmmu(3, "A", "dunno")])
+    # An open question without an answer is never guessed, and takes no draw.
+    write_json(tmp_path / "Accounting/output.json", [mmmu(1, ["8"], "", subject="Accounting")])
     score = score_files(get_task("mmmu"), tmp_path)
     assert [one.item.id for one in score.outcomes] == [
+        "validation_Accounting_1",
         *(f"validation_Art_{n}" for n in (1, 2, 3)),
         "validation_Math_1",
     ]
-    assert score.values["accuracy"] == 0.5 and score.n_unparsed == 2
+    assert score.values["accuracy"] == 2 / 5 and score.n_unparsed == 3
     assert score.values["accuracy/Science"] == 1.0 and score.values["accuracy/Art"] == pytest.approx(1 / 3)
     # random.seed(42); two draws of random.choice(["A", "B"]) give A, A.
     guessed = score_files(get_task("mmmu"), tmp_path, on_unparsed=42)
-    assert guessed.values["accuracy"] == 1.0
-    assert guessed.to_dict()["on_unparsed"] == "random:42" and guessed.n_unparsed == 2
+    assert guessed.values["accuracy"] == 4 / 5
+    assert guessed.to_dict()["on_unparsed"] == "random:42" and guessed.n_unparsed == 3
 
 
 def test_mmmu_parsed_answers_with_the_answer_dictionary(tmp_path: Path) -> None:

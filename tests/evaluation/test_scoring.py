@@ -155,6 +155,13 @@ def test_guessing_is_seeded_and_only_on_request(tmp_path: Path, data: Path) -> N
     assert parse_on_unparsed("random:42") == 42 and parse_on_unparsed("wrong") is None
 
 
+def test_a_question_file_that_is_not_needed_is_a_warning(tmp_path: Path, data: Path) -> None:
+    given = predictions(tmp_path, {"1": "A", "2": "B"})
+    score = score_files(get_task("multiple_choice"), given, annotations=data, questions=tmp_path / "questions.jsonl")
+    assert score.values["accuracy"] == 1.0 and "questions" not in score.sha256
+    assert score.warnings == ["answers of multiple_choice name their items: the question file was not read"]
+
+
 def test_an_official_number_of_items_is_named(tmp_path: Path, data: Path) -> None:
     given = predictions(tmp_path, {"1": "A", "2": "B"})
     task = dataclasses.replace(get_task("multiple_choice"), counts={"small": 2, "large": 3})
