@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from symphony_vlm.config.schema import Schema
 
 __all__ = ["LoRAConfig"]
 
 
-class LoRAConfig(BaseModel):
+class LoRAConfig(Schema):
     """Low-rank adapters on the language model instead of training its weights (LoRA, arXiv 2106.09685).
 
     The defaults are those of LLaVA-1.5's ``finetune_lora.sh``.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
     rank: int = Field(default=128, gt=0)
     alpha: float = Field(default=256.0, gt=0)

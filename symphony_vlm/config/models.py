@@ -7,14 +7,14 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from symphony_vlm.config.reading import config_folder, explain, read_mapping
-from symphony_vlm.config.recipe import _Schema
+from symphony_vlm.config.schema import Schema
 from symphony_vlm.errors import InputError
 from symphony_vlm.text import nearest
 
 __all__ = ["KnownModel", "known_model", "list_known_models", "load_known_model"]
 
 
-class KnownModel(_Schema):
+class KnownModel(Schema):
     """A pretrained vision tower or language model: enough to count it, and to build it with random weights."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)

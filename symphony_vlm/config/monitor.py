@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
+
+from symphony_vlm.config.schema import Schema
 
 __all__ = ["MonitorConfig"]
 
@@ -13,12 +15,12 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-class MonitorConfig(BaseModel):
+class MonitorConfig(Schema):
     """Reports, and the thresholds of warnings."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
-
-    report_to: Annotated[list[Literal["tensorboard", "wandb"]], BeforeValidator(_as_list)] = ["tensorboard"]
+    report_to: Annotated[list[Literal["tensorboard", "wandb"]], BeforeValidator(_as_list)] = Field(
+        default=["tensorboard"]
+    )
     """Where figures go besides ``log.jsonl``. ``wandb`` needs the extra ``symphony-vlm[wandb]``."""
     router_panel: bool = True
     """Whether the terminal shows load, entropy and graph of the sparse layers below the progress bar."""

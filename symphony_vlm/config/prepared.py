@@ -7,7 +7,8 @@ from typing import Any, Literal, get_args
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from symphony_vlm.config.reading import config_folder, explain, read_mapping
-from symphony_vlm.config.recipe import DataConfig, DataRole, SourceConfig, _Schema
+from symphony_vlm.config.recipe import DataConfig, DataRole, SourceConfig
+from symphony_vlm.config.schema import Schema
 from symphony_vlm.errors import InputError
 from symphony_vlm.text import nearest
 
@@ -18,7 +19,7 @@ _WHERE = (*_ROLES, "image_folder", "scenes")
 """What prepared data replaces in a recipe; its other data settings stay."""
 
 
-class PreparedData(_Schema):
+class PreparedData(Schema):
     """A public data set: training data with its `data`, or an evaluation set with its `evaluation`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)

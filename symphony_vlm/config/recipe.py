@@ -8,13 +8,12 @@ from __future__ import annotations
 import itertools
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from symphony_vlm.config.engines import check_engine_name
-from symphony_vlm.config.lora import LoRAConfig
 from symphony_vlm.config.monitor import MonitorConfig
+from symphony_vlm.config.schema import Schema
+from symphony_vlm.config.stage import DataRole, StageConfig
 from symphony_vlm.data.images import MAX_PIXELS
-from symphony_vlm.text import nearest
 
 __all__ = [
     "DataConfig",
@@ -29,21 +28,12 @@ __all__ = [
 ]
 
 
-DataRole = Literal["train", "captions", "prefinetune"]
-Schedule = Literal[
-    "constant", "constant_with_warmup", "cosine", "cosine_with_restarts", "inverse_sqrt", "linear", "polynomial"
-]
 MAX_SCALE = 8
 """A tower at scale 8 sees 64 tiles of every image."""
 Severity = Annotated[int, Field(ge=1, le=5)]
-MODULES = ("vision_tower", "projector", "language_model", "image_newline")
 
 
-class _Schema(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, arbitrary_types_allowed=True)
-
-
-class VisionSource(_Schema):
+class VisionSource(Schema):
     """Where the vision tower comes from: a pretrained one by name, or a new one by architecture."""
 
     backend: Literal["open_clip", "transformers"] = "open_clip"
@@ -60,7 +50,7 @@ class VisionSource(_Schema):
     middle, stretched, as the pretrained encoder's own preprocessing does it, or in tiles."""
     grid_pinpoints: list[tuple[int, int]] | None = None
     """For ``anyres``: heights and widths in pixels, multiples of the encoder's size; default: LLaVA-NeXT's five."""
-    scales: list[int] = [1]
+    scales: list[int] = Field(default=[1])
     """Sizes, in units of the encoder's, at which it looks at every image: ``[1, 3]`` in CuMo and LibMoE."""
 
     @model_validator(mode="after")
@@ -88,7 +78,7 @@ class VisionSource(_Schema):
         return self
 
 
-class LanguageConfig(_Schema):
+class LanguageConfig(Schema):
     """Where the language model comes from: a pretrained one by name, or a new one by config."""
 
     name: str | None = None
@@ -105,7 +95,7 @@ class LanguageConfig(_Schema):
         return self
 
 
-class ModelConfig(_Schema):
+class ModelConfig(Schema):
     """The parts of the model."""
 
     vision: VisionSource
@@ -131,7 +121,7 @@ class ModelConfig(_Schema):
         return self
 
 
-class ScenesConfig(_Schema):
+class ScenesConfig(Schema):
     """The built-in generated data (`symphony-vlm data scenes`), drawn into the run's folder."""
 
     train: int = Field(gt=0)
@@ -140,7 +130,7 @@ class ScenesConfig(_Schema):
     questions_per_image: int = Field(default=8, ge=1)
 
 
-class SourceConfig(_Schema):
+class SourceConfig(Schema):
     """One file, folder or hub data set, and how much of a mixture it is."""
 
     path: str = Field(min_length=1)
@@ -170,7 +160,7 @@ def _as_list(value: Any) -> Any:
 Sources = Annotated[list[SourceConfig], BeforeValidator(_as_sources), Field(min_length=1)]
 
 
-class DataConfig(_Schema):
+class DataConfig(Schema):
     """Where the data is. Paths are relative to the current folder."""
 
     train: Sources | None = None
@@ -216,121 +206,7 @@ class DataConfig(_Schema):
         return self
 
 
-class StageConfig(_Schema):
-    """One stage of training."""
-
-    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
-    kind: Literal["contrastive", "text", "multimodal"]
-    """contrastive: the image encoder on captions (CLIP). text: the language model alone. multimodal: the whole."""
-    data: DataRole | list[DataRole] = "train"
-    """Which of the recipe's data, ``train``, ``captions`` or ``prefinetune``, or several mixed."""
-    train: dict[str, float] = Field(default_factory=dict)
-    """Peak learning rate by module (``vision_tower``, ``projector``, ``language_model``, or a longer prefix of
-    parameter names, where ``*`` is any one part; the longest match wins); what is not named is frozen."""
-    lora: LoRAConfig | None = None
-    """Adapters on the language model instead of training its weights. The rates of `train` then hold for its adapters
-    and routers; other modules train in full."""
-    upcycle: bool = False
-    """Whether the dense language model becomes a mixture of experts before this stage."""
-    template: str | None = None
-    """A built-in template instead of the model's, e.g. ``plain`` for captions."""
-    resize_mode: Literal["pad", "crop", "stretch"] | None = None
-    """Instead of the vision tower's in this stage: LLaVA-1.5 crops while only the projector trains, and then pads."""
-    epochs: float = Field(default=1.0, gt=0)
-    max_steps: int = -1
-    """Optimizer steps; overrides `epochs` if positive."""
-    batch_size: int = Field(default=8, gt=0)
-    """Per process and micro-batch."""
-    gradient_accumulation_steps: int = Field(default=1, gt=0)
-    engine: Annotated[str, AfterValidator(check_engine_name)] = "auto"
-    """How processes share the work (docs/distributed.md): ``ddp``, ``fsdp2``, ``zero1``, ``zero2``, ``zero3``,
-    ``zero2_offload``, ``zero3_offload``, a DeepSpeed file (``.json``), or ``auto``: alone or, if several, by DDP."""
-    global_batch_size: int | None = Field(default=None, gt=0)
-    """Samples (packed: rows) in an optimizer step, over all processes. The accumulation follows from it, `batch_size`
-    and the number of processes, so that another number of them trains on the same batches."""
-    learning_rate: float = Field(default=1e-3, gt=0)
-    """For the kinds without `train`."""
-    schedule: Schedule = "cosine"
-    warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
-    weight_decay: float = Field(default=0.0, ge=0)
-    adam_beta2: float = Field(default=0.999, gt=0, lt=1)
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    max_length: int = Field(default=2048, gt=0)
-    cache_features: bool = False
-    """Whether a frozen vision tower sees every picture once, and the stage reads its output from `data.feature_cache`.
-    It takes disk space: about 1 MB a picture for CLIP-L/14-336 in 16 bits."""
-    independent_turns: bool = False
-    """Whether the turns of a record are separate questions about its image: each sees the image and itself, not the
-    turns before, exactly as if it stood alone, at a fraction of the cost."""
-    packing: bool = False
-    """Whether conversations share rows of up to `max_length` tokens, each seeing itself alone. `batch_size` then
-    counts rows."""
-    group_by: Literal["none", "length", "modality_length"] = "none"
-    """How batches are composed. none: at random. length: of samples of nearly equal length. modality_length: of samples
-    that all have an image or all have none, with nearly as many tokens in each process (LLaVA-1.5)."""
-    expert_parallel_size: int = Field(default=1, gt=0)
-    """Processes that share the experts of every sparse layer out among them (docs/expert-parallel.md). Multimodal
-    stages with DistributedDataParallel only."""
-    bf16: bool = False
-    gradient_checkpointing: bool = False
-    ema_decay: float | None = Field(default=None, gt=0, lt=1)
-    """Keeps a moving average of what trains, in fp32, and validates and saves that instead of the last weights."""
-    compile: bool = False
-    """Whether torch.compile compiles the layers. It pays on a GPU with batches of nearly equal length."""
-    validate_at_start: bool = True
-    """Whether the validation loss is measured before the first step too."""
-    sample_generations: int = Field(default=0, ge=0, le=64)
-    """How many held-out questions are answered at each validation; see ``samples.jsonl`` in the stage's folder."""
-    dataloader_workers: int = Field(default=0, ge=0)
-    log_steps: int = Field(default=10, gt=0)
-    save_fraction: float = Field(default=0.2, gt=0, le=1)
-    """A checkpoint each time this share of the stage's steps is done."""
-    keep_checkpoints: int = Field(default=2, ge=1)
-    """Newest checkpoints that stay. The disk needs room for one more: an old one goes once the new one is in place."""
-
-    @property
-    def roles(self) -> list[DataRole]:
-        """`data` as a list."""
-        return [self.data] if isinstance(self.data, str) else self.data
-
-    @model_validator(mode="after")
-    def _consistent(self) -> StageConfig:
-        for prefix in self.train:
-            if prefix.partition(".")[0] not in MODULES:
-                known = ", ".join(MODULES)
-                raise ValueError(f"'train': {prefix!r} is in none of the modules {known}{nearest(prefix, MODULES)}")
-        if self.kind == "multimodal" and not self.train:
-            raise ValueError("a multimodal stage needs 'train': a learning rate for each module that trains")
-        if self.kind != "multimodal" and (self.train or self.upcycle):
-            raise ValueError(f"'train' and 'upcycle' belong to multimodal stages; a {self.kind} stage trains one model")
-        if self.kind != "multimodal" and (self.independent_turns or self.resize_mode is not None):
-            raise ValueError("'independent_turns' and 'resize_mode' belong to multimodal stages")
-        if self.kind != "multimodal" and (self.packing or self.group_by != "none"):
-            raise ValueError("'packing' and 'group_by' belong to multimodal stages")
-        if self.kind != "multimodal" and self.expert_parallel_size > 1:
-            raise ValueError("'expert_parallel_size' belongs to multimodal stages")
-        if self.cache_features and (self.kind != "multimodal" or any(n.startswith("vision_tower") for n in self.train)):
-            raise ValueError("'cache_features' needs a multimodal stage in which the vision tower is frozen")
-        if self.packing and self.group_by != "none":
-            raise ValueError(f"'packing' makes rows of equal length; 'group_by: {self.group_by}' has nothing to group")
-        if self.kind != "multimodal" and (self.lora is not None or self.sample_generations):
-            raise ValueError("'lora' and 'sample_generations' belong to multimodal stages")
-        if self.lora is not None and not any(name.split(".")[0] == "language_model" for name in self.train):
-            raise ValueError("'lora' adapts the language model; give it a learning rate in 'train'")
-        if self.global_batch_size is not None and self.gradient_accumulation_steps != 1:
-            raise ValueError(
-                "'global_batch_size' says how many micro-batches are accumulated; leave out "
-                "'gradient_accumulation_steps'"
-            )
-        if self.kind == "contrastive" and self.engine not in ("auto", "ddp"):
-            # CLIP's temperature; neither PyTorch's nor DeepSpeed's sharding takes a parameter without dimensions.
-            raise ValueError(f"'engine: {self.engine}' cannot share out a contrastive stage, only auto and ddp can")
-        if self.packing and self.independent_turns:
-            raise ValueError("'packing' and 'independent_turns' exclude each other: set one of them to false")
-        return self
-
-
-class EvaluationConfig(_Schema):
+class EvaluationConfig(Schema):
     """What ``quickstart`` evaluates after training."""
 
     limit: int | None = None
@@ -342,7 +218,7 @@ class EvaluationConfig(_Schema):
     max_new_tokens: int = 16
 
 
-class Recipe(_Schema):
+class Recipe(Schema):
     """A complete training run."""
 
     name: str

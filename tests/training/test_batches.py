@@ -151,8 +151,8 @@ def test_a_model_of_packed_training_has_its_usual_attention(
     [
         ({"packing": True, "group_by": "length"}, "has nothing to group"),
         ({"packing": True, "independent_turns": True}, "'packing' and 'independent_turns' exclude each other"),
-        ({"kind": "text", "train": {}, "packing": True}, "belong to multimodal stages"),
-        ({"kind": "text", "train": {}, "group_by": "length"}, "belong to multimodal stages"),
+        ({"kind": "text", "train": {}, "packing": True}, "belongs to multimodal stages"),
+        ({"kind": "text", "train": {}, "group_by": "length"}, "belongs to multimodal stages"),
         ({"group_by": "size"}, "modality_length"),
     ],
 )

@@ -275,7 +275,7 @@ def test_what_cannot_be_adapted_is_refused(
     ("stage", "message"),
     [
         ({"train": {"projector": 1e-3}, "lora": {}}, "give it a learning rate in 'train'"),
-        ({"kind": "text", "train": {}, "upcycle": False, "lora": {}}, "belong to multimodal stages"),
+        ({"kind": "text", "train": {}, "upcycle": False, "lora": {}}, "belongs to multimodal stages"),
         ({"lora": {"rang": 4}}, "Extra inputs are not permitted"),
     ],
 )
