@@ -16,12 +16,14 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from rich.console import Console
+from torch.profiler import profile
 
 from symphony_vlm.config.loading import load_recipe
 from symphony_vlm.config.recipe import Recipe
@@ -45,20 +47,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps (default 20)")
     parser.add_argument("--image-size", type=int, default=336, help="pixels of the generated pictures (default 336)")
     parser.add_argument("--draw-on", default=None, help="device on which random weights are drawn (default: the GPU)")
+    parser.add_argument("--profile", type=Path, help="file for a table of where the time of the steps went")
     parser.add_argument("--json", type=Path, help="file to write")
     parser.add_argument("settings", nargs="*", help="key=value for the stage; model.KEY=VALUE for the model")
     options = parser.parse_intermixed_args(arguments)
     recipe = _only_stage(options.recipe, options.stage, options.settings, options.steps, options.image_size)
     with tempfile.TemporaryDirectory() as folder:
-        result = measure_stage(recipe, Path(folder), options.draw_on)
+        result = measure_stage(recipe, Path(folder), draw_on=options.draw_on, profile_to=options.profile)
     if options.json is not None:
         facts = provenance(recipe=recipe.name, stage=options.stage, device=result["device"])
         write_json(options.json, {"provenance": facts, "settings": options.settings, **result})
     print(json.dumps({key: value for key, value in result.items() if key != "losses"}, indent=1))
 
 
-def measure_stage(recipe: Recipe, folder: Path, draw_on: str | None = None) -> dict[str, Any]:
+def measure_stage(
+    recipe: Recipe, folder: Path, *, draw_on: str | None = None, profile_to: Path | None = None
+) -> dict[str, Any]:
     """Runs the recipe's one stage in `folder` and reads its log.
+
+    Args:
+        recipe: with one stage.
+        folder: of the run.
+        draw_on: device on which random weights are drawn.
+        profile_to: file for a table of operations by time; profiling slows the steps.
 
     Returns:
         medians of the logged speeds without the first two entries, in which memory and kernels are found; the largest
@@ -73,7 +84,12 @@ def measure_stage(recipe: Recipe, folder: Path, draw_on: str | None = None) -> d
         trainer, model = prepare_multimodal(stage, context)
     trainer.args.save_strategy = trainer.args.eval_strategy = "no"
     trainer.args.eval_on_start = False
-    trainer.train()
+    watched: Any = profile() if profile_to is not None else nullcontext()
+    with watched as profiler:
+        trainer.train()
+    if profile_to is not None:
+        order = "self_cuda_time_total" if device == "cuda" else "self_cpu_time_total"
+        profile_to.write_text(profiler.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=80))
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     log = [entry for entry in log if "loss" in entry]
     settled = log[2:] or log

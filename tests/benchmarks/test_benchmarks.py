@@ -18,7 +18,9 @@ from torch import Tensor
 
 REPOSITORY = Path(__file__).parents[2]
 CPU = torch.device("cpu")
-NAMES = sorted({p.stem for p in (REPOSITORY / "benchmarks").glob("*.py")} - {"__init__", "measure", "run"})
+PROGRAMS = {"measure", "run", "terminal_display", "train_stage"}
+"""Files that are no benchmarks of `benchmarks.run`; those with a command of their own have their own tests."""
+NAMES = sorted({p.stem for p in (REPOSITORY / "benchmarks").glob("*.py")} - {"__init__", *PROGRAMS})
 
 
 @pytest.fixture
