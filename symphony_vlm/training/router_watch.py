@@ -128,7 +128,7 @@ class RouterWatch(TrainerCallback):
     def _routing(
         self, layer: SparseMoE, found: dict[str, Any], graph_EE: Tensor | None, before_EE: Tensor | None, steps: int
     ) -> LayerRouting:
-        num_chosen, num_experts = layer.router.config.num_experts_per_tok, layer.experts.num_experts
+        num_chosen, num_experts = layer.router.config.num_experts_per_tok, layer.router.config.num_experts
         shares = tuple(min(1.0, share * num_chosen) for share in found["load"])
         drift = edge = None
         if graph_EE is not None and before_EE is not None and num_experts > 1:
@@ -151,7 +151,7 @@ class RouterWatch(TrainerCallback):
         lasted = self._collapsed[name] = self._collapsed.get(name, 0) + steps if routing.is_collapsed else 0
         if lasted >= self._config.collapse_steps:
             expert = routing.shares.index(routing.largest)
-            even = layer.router.config.num_experts_per_tok / layer.experts.num_experts
+            even = layer.router.config.num_experts_per_tok / layer.router.config.num_experts
             message = (
                 f"{name}: the router has collapsed: {routing.largest:.1%} of its tokens have chosen expert {expert} "
                 f"for {lasted} steps (an even load is {even:.0%})."
@@ -176,7 +176,7 @@ class RouterWatch(TrainerCallback):
 
 
 def _enough_tokens(layer: SparseMoE) -> float:
-    return EXPECTED_TOKENS * layer.experts.num_experts / layer.router.config.num_experts_per_tok
+    return EXPECTED_TOKENS * layer.router.config.num_experts / layer.router.config.num_experts_per_tok
 
 
 def _remedy(path: str, layer: SparseMoE) -> str:
