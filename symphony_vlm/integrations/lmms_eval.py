@@ -1,7 +1,9 @@
 """Our models as a model of lmms-eval (0.7.2 and later), and our records in its sample format.
 
-lmms-eval finds `manifest` by the entry point group ``lmms_eval.models`` and takes ``SymphonyVLM`` from this module. The
-class exists once it is asked for, since its base class is theirs: nothing here imports lmms-eval before.
+lmms-eval finds `manifest` by the entry point group ``lmms_eval.models`` and takes ``SymphonyVLM`` from this module, or
+with ``--force_simple`` ``SimpleSymphonyVLM``: it ranks continuations (output types ``loglikelihood`` and
+``multiple_choice``) with models of its simple kind alone. The classes exist once they are asked for, since their base
+class is theirs: nothing here imports lmms-eval before.
 """
 
 from __future__ import annotations
@@ -46,11 +48,16 @@ def manifest() -> Any:
     """What lmms-eval's registry needs to know: a ``ModelManifest``."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
-    return ModelManifest(model_id=MODEL_ID, chat_class_path=f"{__name__}.SymphonyVLM")
+    return ModelManifest(
+        model_id=MODEL_ID,
+        chat_class_path=f"{__name__}.SymphonyVLM",
+        simple_class_path=f"{__name__}.SimpleSymphonyVLM",
+    )
 
 
 def __getattr__(name: str) -> Any:
-    if name != "SymphonyVLM":
+    adapters = {"SymphonyVLM": _Adapter, "SimpleSymphonyVLM": _SimpleAdapter}
+    if name not in adapters:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
         from lmms_eval.api.model import lmms
@@ -58,12 +65,12 @@ def __getattr__(name: str) -> Any:
         raise InputError(
             f"lmms-eval cannot be imported ({error})", where=name, remedy='pip install "symphony-vlm[lmms-eval]"'
         ) from error
-    return _class_over(lmms)
+    return _class_over(lmms, name, adapters[name])
 
 
 @functools.cache
-def _class_over(base: type) -> type:
-    return type("SymphonyVLM", (_Adapter, base), {"__module__": __name__, "__doc__": _Adapter.__doc__})
+def _class_over(base: type, name: str, adapter: type) -> type:
+    return type(name, (adapter, base), {"__module__": __name__, "__doc__": adapter.__doc__})
 
 
 class _Adapter:
@@ -114,17 +121,22 @@ class _Adapter:
         """Answers in the order of the requests, whose arguments are ``(context, doc_to_messages, generation arguments,
         doc id, task, split)``."""
         answers = [""] * len(requests)
-        settings = [_generation(request.args[2]) for request in requests]
+        settings = [_generation(self._generation_arguments(request.args)) for request in requests]
         for batch in self._batches([request.args[0] for request in requests], [json.dumps(s) for s in settings]):
-            prompts = []
-            for i in batch:
-                _, doc_to_messages, _, doc_id, task, split = requests[i].args
-                messages = doc_to_messages(self.task_dict[task][split][doc_id])
-                prompts.append(prompt_of_messages(messages, self._perturb, origin=f"{task}/{split}/{doc_id}"))
+            prompts = [self._question(requests[i].args) for i in batch]
             arguments, until = settings[batch[0]]
             for i, text in zip(batch, generate_texts(self._model, prompts, arguments), strict=True):
                 answers[i] = _cut(text, until)
         return answers
+
+    def _generation_arguments(self, arguments: tuple[Any, ...]) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = arguments[2]
+        return found
+
+    def _question(self, arguments: tuple[Any, ...]) -> Prompt:
+        _, doc_to_messages, _, doc_id, task, split = arguments
+        messages = doc_to_messages(self.task_dict[task][split][doc_id])
+        return prompt_of_messages(messages, self._perturb, origin=f"{task}/{split}/{doc_id}")
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """Log probability and whether it is the greedy answer, in the order of the requests.
@@ -173,6 +185,25 @@ class _Adapter:
         # Only pixels arrive here, so the key is theirs and not the file's.
         rng = corruption_rng(image_key(pixels), name, severity, self.perturbation["seed"])
         return corrupt(pixels, name, severity, rng)
+
+
+class _SimpleAdapter(_Adapter):
+    """The same model for ``--force_simple``, which tasks that rank continuations need; arguments as of `SymphonyVLM`.
+
+    Generation requests have ``(context, generation arguments, doc_to_visual, doc id, task, split)``: the pictures stand
+    before the context.
+    """
+
+    is_simple = True
+
+    def _generation_arguments(self, arguments: tuple[Any, ...]) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = arguments[1]
+        return found
+
+    def _question(self, arguments: tuple[Any, ...]) -> Prompt:
+        context, _, doc_to_visual, doc_id, task, split = arguments
+        pictures = doc_to_visual(self.task_dict[task][split][doc_id])
+        return prompt_of_text(context, pictures, self._perturb, origin=f"{task}/{split}/{doc_id}")
 
 
 def _perturbation(name: str | None, severity: int | None, seed: int, corrupt_at: str) -> dict[str, Any]:

@@ -89,14 +89,15 @@ class ModelRegistryV2:
         return listed
 
     def get_model_class(self, model_name: str, force_simple: bool = False) -> type:
-        path = self._manifests[model_name].chat_class_path
+        manifest = self._manifests[model_name]
+        path = manifest.simple_class_path if force_simple else manifest.chat_class_path
         assert path is not None
         module, name = path.rsplit(".", 1)
         found: type = getattr(import_module(module), name)
         if not issubclass(found, lmms):
             raise TypeError("not a subclass of lmms")
-        if getattr(found, "is_simple", True):
-            raise TypeError("resolved as chat but is_simple is True")
+        if getattr(found, "is_simple", True) is not force_simple:
+            raise TypeError("is_simple does not fit the kind of model")
         return found
 
 

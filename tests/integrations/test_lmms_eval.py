@@ -88,12 +88,12 @@ def model(model_folder: Path) -> Any:
     return sv.load(model_folder)
 
 
-def _build(model_folder: Path, arguments: str = "", batch_size: Any = 4) -> Any:
+def _build(model_folder: Path, arguments: str = "", batch_size: Any = 4, simple: bool = False) -> Any:
     """As lmms-eval's evaluator does."""
     registry = importlib.import_module("lmms_eval.models.registry_v2").ModelRegistryV2()
     for manifest in registry._coerce_payload_to_manifests(adapter.manifest):
         registry.register_manifest(manifest, overwrite=True)
-    model_class = registry.get_model_class("symphony_vlm", False)
+    model_class = registry.get_model_class("symphony_vlm", simple)
     more = {"batch_size": batch_size, "max_batch_size": None, "device": None}
     found = model_class.create_from_arg_string(f"pretrained={model_folder}{arguments}", more)
     found.task_dict["task"] = {"test": DOCUMENTS}
@@ -103,6 +103,10 @@ def _build(model_folder: Path, arguments: str = "", batch_size: Any = 4) -> Any:
 def _messages(document: dict[str, Any]) -> list[dict[str, Any]]:
     content = [{"type": "image", "url": document["image"]}, {"type": "text", "text": document["question"]}]
     return [{"role": "user", "content": content}]
+
+
+def _visuals(document: dict[str, Any]) -> list[Any]:
+    return [document["image"]]
 
 
 def _text_message(document: dict[str, Any]) -> list[dict[str, Any]]:
@@ -123,8 +127,7 @@ def _ask(doc_id: int, messages: Callable[[dict[str, Any]], list[dict[str, Any]]]
 
 def _rank(doc_id: int, continuation: Any) -> Any:
     context = DOCUMENTS[doc_id]["question"]
-    visuals = lambda document: [document["image"]]  # noqa: E731
-    return _request("loglikelihood", context, continuation, visuals, doc_id, "task", "test", doc_id=doc_id)
+    return _request("loglikelihood", context, continuation, _visuals, doc_id, "task", "test", doc_id=doc_id)
 
 
 # Being found.
@@ -140,7 +143,7 @@ def test_the_package_names_the_entry_point() -> None:
 
 def test_the_manifest_names_a_chat_class_that_passes_the_registrys_checks(model_folder: Path) -> None:
     manifest = adapter.manifest()
-    assert (manifest.model_id, manifest.simple_class_path) == ("symphony_vlm", None)
+    assert manifest.model_id == "symphony_vlm"
     assert manifest.chat_class_path == "symphony_vlm.integrations.lmms_eval.SymphonyVLM"
     built = _build(model_folder)
     base = importlib.import_module("lmms_eval.api.model").lmms
@@ -181,6 +184,19 @@ def test_questions_without_a_picture_and_other_settings_share_a_call(model_folde
         DOCUMENTS[i]["question"], DOCUMENTS[i]["image"] if images else None, **({"max_new_tokens": NEW_TOKENS} | more)
     )
     assert answers == [chat(0), chat(1, False), chat(2, max_new_tokens=2), chat(3, num_beams=2), chat(4)]
+
+
+def test_the_simple_kind_gives_the_same_answers_and_likelihoods(model_folder: Path) -> None:
+    """lmms-eval ranks continuations with it alone."""
+    chat, simple = _build(model_folder), _build(model_folder, simple=True)
+    assert (type(simple) is adapter.SimpleSymphonyVLM, simple.is_simple) == (True, True)
+    requests = [
+        _request("generate_until", d["question"], {"max_new_tokens": NEW_TOKENS}, _visuals, i, "task", "test")
+        for i, d in enumerate(DOCUMENTS)
+    ]
+    assert simple.generate_until(requests) == chat.generate_until([_ask(i) for i in range(len(DOCUMENTS))])
+    ranked = [_rank(2, choice) for choice in DOCUMENTS[2]["choices"]]
+    assert simple.loglikelihood(ranked) == chat.loglikelihood(ranked)
 
 
 def test_conversations_of_several_turns_keep_roles_and_places_of_pictures(
@@ -312,8 +328,7 @@ def test_the_greedy_answer_is_recognised(model_folder: Path, model: Any) -> None
     built = _build(model_folder)
     built.task_dict["task"]["test"] = documents
     requests = [
-        _request("loglikelihood", documents[i]["question"], said[i], lambda d: [d["image"]], i, "task", "test")
-        for i in known
+        _request("loglikelihood", documents[i]["question"], said[i], _visuals, i, "task", "test") for i in known
     ]
     assert [greedy for _, greedy in built.loglikelihood(requests)] == [True] * len(known)
 
