@@ -149,7 +149,7 @@ class _Adapter:
             asked = [self._question_and_answer(requests[i].args) for i in batch]
             prompts, continuations = [prompt for prompt, _ in asked], [text for _, text in asked]
             for i, result in zip(batch, log_likelihoods(self._model, prompts, continuations), strict=True):
-                found[i] = result
+                found[i] = _as_result(*result)
         return found
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
@@ -204,6 +204,25 @@ class _SimpleAdapter(_Adapter):
         context, _, doc_to_visual, doc_id, task, split = arguments
         pictures = doc_to_visual(self.task_dict[task][split][doc_id])
         return prompt_of_text(context, pictures, self._perturb, origin=f"{task}/{split}/{doc_id}")
+
+
+def _as_result(total: float, greedy: bool) -> tuple[float, bool]:
+    """The pair, which is a ``GenerationResult`` too.
+
+    lmms-eval 0.7.2 and 0.7.3 pass every response through ``unwrap_generation_output``, which makes a text of a plain
+    pair, and the task then fails. Of a ``GenerationResult`` it takes ``text`` as it is.
+    """
+    from lmms_eval.api.instance import GenerationResult
+
+    pair = _pair_class(GenerationResult)((total, greedy))
+    pair.text, pair.token_counts = (total, greedy), None
+    found: tuple[float, bool] = pair
+    return found
+
+
+@functools.cache
+def _pair_class(result: type) -> Any:
+    return type("Likelihood", (tuple, result), {"__eq__": tuple.__eq__, "__hash__": tuple.__hash__})
 
 
 def _perturbation(name: str | None, severity: int | None, seed: int, corrupt_at: str) -> dict[str, Any]:

@@ -56,6 +56,18 @@ def _value(text: str) -> Any:
 
 
 @dataclass
+class GenerationResult:
+    text: str
+    token_counts: Any = None
+
+
+def unwrap_generation_output(output: Any) -> tuple[Any, Any]:
+    if isinstance(output, GenerationResult):
+        return output.text, output.token_counts
+    return (output if isinstance(output, str) else str(output)), None
+
+
+@dataclass
 class Instance:
     request_type: str
     arguments: tuple[Any, ...]
@@ -107,7 +119,11 @@ def modules() -> dict[str, ModuleType]:
         "lmms_eval": {},
         "lmms_eval.api": {},
         "lmms_eval.api.model": {"lmms": lmms},
-        "lmms_eval.api.instance": {"Instance": Instance},
+        "lmms_eval.api.instance": {
+            "Instance": Instance,
+            "GenerationResult": GenerationResult,
+            "unwrap_generation_output": unwrap_generation_output,
+        },
         "lmms_eval.models": {},
         "lmms_eval.models.registry_v2": {"ModelManifest": ModelManifest, "ModelRegistryV2": ModelRegistryV2},
     }

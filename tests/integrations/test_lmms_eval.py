@@ -333,6 +333,15 @@ def test_the_greedy_answer_is_recognised(model_folder: Path, model: Any) -> None
     assert [greedy for _, greedy in built.loglikelihood(requests)] == [True] * len(known)
 
 
+def test_a_likelihood_reaches_the_task_as_a_pair(model_folder: Path) -> None:
+    """By way of the function through which lmms-eval passes every response."""
+    unwrap = importlib.import_module("lmms_eval.api.instance").unwrap_generation_output
+    result = _build(model_folder).loglikelihood([_rank(0, "red")])[0]
+    total, greedy = result
+    assert unwrap(result) == ((total, greedy), None)
+    assert isinstance(result, tuple) and result == (total, greedy)
+
+
 def test_an_empty_answer_has_no_likelihood(model_folder: Path) -> None:
     with pytest.raises(InputError, match="empty|no supervised"):
         _build(model_folder).loglikelihood([_rank(0, " ")])
