@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from symphony_vlm.data.images import image_bytes, load_image
 from symphony_vlm.errors import InputError
 from symphony_vlm.evaluation.corruptions import corrupt, corruption_rng, image_key
-from symphony_vlm.evaluation.predictor import Predictor
+from symphony_vlm.evaluation.opening import AnswersQuestions
 from symphony_vlm.evaluation.task import EvaluationItem, Task
 
 __all__ = ["Cell", "read_records", "run_cell"]
@@ -49,7 +48,7 @@ class _Picture:
 
 
 def run_cell(
-    cell: Cell, items: Sequence[EvaluationItem], predictor: Predictor, path: Path, advance: Callable[[int], None]
+    cell: Cell, items: Sequence[EvaluationItem], predictor: AnswersQuestions, path: Path, advance: Callable[[int], None]
 ) -> list[dict[str, Any]]:
     """Answers and scores the items that ``path`` does not hold yet; returns the records of all.
 
@@ -101,7 +100,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _answer(cell: Cell, items: Sequence[EvaluationItem], predictor: Predictor) -> list[dict[str, Any]]:
+def _answer(cell: Cell, items: Sequence[EvaluationItem], predictor: AnswersQuestions) -> list[dict[str, Any]]:
     pictures: dict[str, list[_Picture]] = {}
     errors: dict[str, Exception] = {}
     for item in items:
@@ -130,13 +129,13 @@ def _picture(ref: Any, cell: Cell) -> _Picture:
     return _Picture(key, pixels)
 
 
-def _features(pictures: dict[str, list[_Picture]], predictor: Predictor) -> dict[str, list[Tensor] | None]:
+def _features(pictures: dict[str, list[_Picture]], predictor: AnswersQuestions) -> dict[str, Sequence[Any] | None]:
     """Features of each item's images, all pictures encoded together."""
     flat = [picture.pixels for group in pictures.values() for picture in group]
     if not flat:
         return dict.fromkeys(pictures)
     encoded = predictor.encode_images(flat)
-    result: dict[str, list[Tensor] | None] = {}
+    result: dict[str, Sequence[Any] | None] = {}
     position = 0
     for key, group in pictures.items():
         result[key] = encoded[position : position + len(group)] if group else None

@@ -20,11 +20,11 @@ from symphony_vlm.evaluation.cell import Cell, run_cell
 from symphony_vlm.evaluation.corruptions import canary, find_frost_textures
 from symphony_vlm.evaluation.item import Outcome
 from symphony_vlm.evaluation.metrics import Metric, metric_intervals
-from symphony_vlm.evaluation.predictor import Predictor
+from symphony_vlm.evaluation.opening import open_model
 from symphony_vlm.evaluation.statistics import Interval
 from symphony_vlm.evaluation.task import EvaluationItem, Scored, Task, get_task
 from symphony_vlm.files import write_json
-from symphony_vlm.model.loading import load, resolve_model_folder
+from symphony_vlm.model.loading import resolve_model_folder
 from symphony_vlm.training.provenance import provenance
 
 __all__ = ["EvaluationPlan", "EvaluationSummary", "evaluate"]
@@ -94,9 +94,9 @@ def evaluate(plan: EvaluationPlan, output: Path, *, console: Console | None = No
     # The cheap checks first: loading a large model takes minutes.
     resolve_model_folder(plan.model)
     items = {task.name: list(task.load(plan.data, plan.image_folder, output / "data", plan.seed)) for task in tasks}
-    model = load(plan.model)
+    model = open_model(plan.model)
     manifest = _check_manifest(plan, output, items)
-    router = model.config.moe["router"] if model.config.moe else "dense"
+    router = model.router
     cells = [cell for task in tasks for cell in _cells(task, plan)]
     chosen = {cell.file_name: _choose(items[cell.task.name], plan, cell) for cell in cells}
     results: list[dict[str, Any]] = []
@@ -106,8 +106,8 @@ def evaluate(plan: EvaluationPlan, output: Path, *, console: Console | None = No
         total = sum(len(chosen[cell.file_name]) for cell in cells)
         advance = _Progress(bar, bar.add_task(f"evaluating {router}", total=total))
         for cell in cells:
-            predictor = Predictor(
-                model, batch_size=plan.batch_size, max_new_tokens=plan.max_new_tokens or cell.task.max_new_tokens
+            predictor = model.predictor(
+                batch_size=plan.batch_size, max_new_tokens=plan.max_new_tokens or cell.task.max_new_tokens
             )
             path = output / "predictions" / cell.file_name
             records = run_cell(cell, chosen[cell.file_name], predictor, path, advance)
