@@ -34,6 +34,9 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Of the subset and the corruptions.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Questions answered together.", min=1)] = 64,
     max_new_tokens: Annotated[Optional[int], typer.Option(help="Longest answer; default: the task's.", min=1)] = None,  # noqa: UP045
+    max_errors: Annotated[
+        float, typer.Option(help="Share of a cell's items that may fail before it has no score.", min=0.0, max=1.0)
+    ] = 0.01,
     json_: Json = False,
 ) -> None:
     """Evaluate a model, clean and on corrupted pictures; run the same command again to continue.
@@ -62,13 +65,17 @@ def evaluate(
         seed=seed,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
+        max_errors=max_errors,
     )
     summary = run(plan, output, console=console())
+    if not summary.first_process:
+        raise typer.Exit(3 if summary.num_errors else 0)
     report = write_report([output], output)
     lines = [f"{cell}: {'no score' if v is None else f'{v:.4f}'}" for cell, v in summary.headline.items()]
     finish(summary.to_dict(), json_, "\n".join([*lines, f"results: {summary.results}", f"report: {report}"]))
     if summary.num_errors:
-        console().print(f"{summary.num_errors} items failed; their records name the reason")
+        kinds = ", ".join(f"{count} {name}" for name, count in sorted(summary.errors.items()))
+        console().print(f"{summary.num_errors} items failed ({kinds}); their records name the reason")
         raise typer.Exit(3)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -12,7 +14,34 @@ from torch import Tensor
 from symphony_vlm.evaluation.task import EvaluationItem
 from symphony_vlm.model.vlm import SymphonyVLMForConditionalGeneration
 
-__all__ = ["Predictor"]
+__all__ = ["Answer", "AnswersItems", "Predictor"]
+
+
+class Answer(str):
+    """An answer's text that also knows how it came about.
+
+    Args:
+        text: the answer.
+        facts: for the record: ``prompt_sha256``, ``n_prompt_tokens``, ``n_new_tokens``, ``stop_reason`` and others.
+    """
+
+    facts: Mapping[str, Any]
+
+    def __new__(cls, text: str, facts: Mapping[str, Any]) -> Answer:
+        """A string with facts."""
+        answer = super().__new__(cls, text)
+        answer.facts = facts
+        return answer
+
+
+class AnswersItems(Protocol):
+    """What the runner needs of a model."""
+
+    def encode_images(self, images: Sequence[np.ndarray]) -> Sequence[Any]:
+        """Anything that stands for uint8 ``[H, W, 3]`` images, one for each."""
+
+    def answer(self, items: Sequence[EvaluationItem], features: Sequence[Sequence[Any] | None]) -> Sequence[str]:
+        """One answer per item, a plain text or an `Answer`; features of its images in order, or None without."""
 
 
 class Predictor:
@@ -40,7 +69,7 @@ class Predictor:
             features += self._model.get_image_features(**inputs.to(self._model.device))
         return features
 
-    def answer(self, items: Sequence[EvaluationItem], features: Sequence[Sequence[Tensor] | None]) -> list[str]:
+    def answer(self, items: Sequence[EvaluationItem], features: Sequence[Sequence[Tensor] | None]) -> list[Answer]:
         """One answer per item.
 
         Args:
@@ -49,16 +78,17 @@ class Predictor:
         """
         # Batches of equal length waste no padding; the answers return to the order of the items.
         order = sorted(range(len(items)), key=lambda i: len(items[i].question))
-        answers = [""] * len(items)
+        answers: dict[int, Answer] = {}
         for start in range(0, len(order), self._batch_size):
             chosen = order[start : start + self._batch_size]
-            texts = self._answer_batch([items[i] for i in chosen], [features[i] for i in chosen])
-            for i, text in zip(chosen, texts, strict=True):
-                answers[i] = text
-        return answers
+            batch = self._answer_batch([items[i] for i in chosen], [features[i] for i in chosen])
+            answers.update(zip(chosen, batch, strict=True))
+        return [answers[i] for i in range(len(items))]
 
     @torch.no_grad()
-    def _answer_batch(self, items: Sequence[EvaluationItem], features: Sequence[Sequence[Tensor] | None]) -> list[str]:
+    def _answer_batch(
+        self, items: Sequence[EvaluationItem], features: Sequence[Sequence[Tensor] | None]
+    ) -> list[Answer]:
         present = [image for images in features for image in images or ()]
         counts = [None if images is None else [len(image) for image in images] for images in features]
         inputs: dict[str, Any] = self._processor.encode_prompts([item.messages for item in items], counts)
@@ -69,4 +99,27 @@ class Predictor:
             max_new_tokens=self._max_new_tokens,
             do_sample=False,
         )
-        return self._processor.decode_answers(ids[:, inputs["input_ids"].shape[1] :])
+        new = ids[:, inputs["input_ids"].shape[1] :]
+        texts = self._processor.decode_answers(new)
+        facts = zip(prompt_facts(inputs), self._generation_facts(new), strict=True)
+        return [Answer(text, prompt | generated) for text, (prompt, generated) in zip(texts, facts, strict=True)]
+
+    def _generation_facts(self, new_BS: Tensor) -> list[dict[str, Any]]:
+        stops = torch.tensor(self._processor.stop_token_ids, device=new_BS.device)
+        facts = []
+        for row in torch.isin(new_BS, stops).tolist():
+            # The token that ends the answer is one that was generated; padding behind it is not.
+            stopped = True in row
+            length = row.index(True) + 1 if stopped else len(row)
+            facts.append({"n_new_tokens": length, "stop_reason": "stop" if stopped else "length"})
+        return facts
+
+
+def prompt_facts(inputs: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+    """Of each row of left-padded ``input_ids`` and ``attention_mask``: its length and the sha256 of its ids as JSON."""
+    facts = []
+    for ids, mask in zip(inputs["input_ids"].tolist(), inputs["attention_mask"].tolist(), strict=True):
+        prompt = ids[len(ids) - sum(mask) :]
+        digest = hashlib.sha256(json.dumps(prompt).encode()).hexdigest()
+        facts.append({"prompt_sha256": digest, "n_prompt_tokens": len(prompt)})
+    return facts
