@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 from rich.console import Console
 
 from symphony_vlm.cli.application import Json, app, console, finish, names
 from symphony_vlm.errors import InputError
+
+if TYPE_CHECKING:
+    from symphony_vlm.evaluation.plan import Scoring
 
 __all__: list[str] = []
 
@@ -34,6 +37,9 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Of the subset and the corruptions.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Questions answered together.", min=1)] = 64,
     max_new_tokens: Annotated[Optional[int], typer.Option(help="Longest answer; default: the task's.", min=1)] = None,  # noqa: UP045
+    scoring: Annotated[
+        str, typer.Option(help="generate, or likelihood: the likeliest option of a multiple choice is the answer.")
+    ] = "generate",
     max_errors: Annotated[
         float, typer.Option(help="Share of a cell's items that may fail before it has no score.", min=0.0, max=1.0)
     ] = 0.01,
@@ -65,6 +71,7 @@ def evaluate(
         seed=seed,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
+        scoring=_scoring(scoring),
         max_errors=max_errors,
     )
     summary = run(plan, output, console=console())
@@ -154,3 +161,11 @@ def _severities(text: str) -> tuple[int, ...]:
     if not values or any(value not in ("1", "2", "3", "4", "5") for value in values):
         raise InputError(f"{text!r} must be numbers from 1 to 5 separated by commas", where="--severity")
     return tuple(sorted({int(value) for value in values}))
+
+
+def _scoring(text: str) -> Scoring:
+    from symphony_vlm.evaluation.plan import SCORINGS
+
+    if text not in SCORINGS:
+        raise InputError(f"{text!r} is none of {', '.join(SCORINGS)}", where="--scoring")
+    return SCORINGS[SCORINGS.index(text)]

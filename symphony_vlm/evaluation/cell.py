@@ -15,9 +15,10 @@ import numpy as np
 from torch import Tensor
 
 from symphony_vlm.data.images import image_bytes, load_image
+from symphony_vlm.evaluation.answer import Answer
 from symphony_vlm.evaluation.attempts import Failure, attempt
 from symphony_vlm.evaluation.corruptions import corrupt, corruption_rng, image_key
-from symphony_vlm.evaluation.predictor import Answer, AnswersItems
+from symphony_vlm.evaluation.predictor import AnswersItems
 from symphony_vlm.evaluation.processes import ALONE, Processes
 from symphony_vlm.evaluation.records import Record, RecordWriter, merge_records, part_path, read_records
 from symphony_vlm.evaluation.task import EvaluationItem, Task

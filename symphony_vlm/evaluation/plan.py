@@ -14,9 +14,10 @@ from symphony_vlm.evaluation.item import EvaluationItem
 from symphony_vlm.files import write_json
 from symphony_vlm.model.loading import resolve_model_folder
 
-__all__ = ["EvaluationPlan", "Scoring", "check_manifest"]
+__all__ = ["SCORINGS", "EvaluationPlan", "Scoring", "check_manifest"]
 
 Scoring = Literal["generate", "likelihood"]
+SCORINGS: tuple[Scoring, ...] = ("generate", "likelihood")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,8 @@ class EvaluationPlan:
     seed: int = 0
     batch_size: int = 64
     max_new_tokens: int | None = None
+    scoring: Scoring = "generate"
+    """``likelihood``: of items with options the likeliest is the answer."""
     max_errors: float = 0.01
     """Share of a cell's items that may fail; above it the cell has no score."""
 
@@ -46,6 +49,7 @@ def check_manifest(plan: EvaluationPlan, output: Path, items: Mapping[str, Seque
     path = output / "manifest.json"
     if path.is_file():
         found = json.loads(path.read_text())
+        found = {"scoring": "generate"} | found  # before there was another
         changed = [key for key in manifest if found.get(key) != manifest[key]]
         if changed:
             raise InputError(
@@ -74,6 +78,7 @@ def _manifest(plan: EvaluationPlan, items: Mapping[str, Sequence[EvaluationItem]
         "seed": plan.seed,
         "max_new_tokens": plan.max_new_tokens,
         "decoding": "greedy",
+        "scoring": plan.scoring,
         "corrupt_at": "native",
     }
 

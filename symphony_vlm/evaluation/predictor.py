@@ -2,36 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from symphony_vlm.evaluation.task import EvaluationItem
+from symphony_vlm.evaluation.answer import Answer, prompt_facts
+from symphony_vlm.evaluation.item import EvaluationItem
+from symphony_vlm.evaluation.likelihood import choose
+from symphony_vlm.evaluation.options import Options
 from symphony_vlm.model.vlm import SymphonyVLMForConditionalGeneration
 
-__all__ = ["Answer", "AnswersItems", "Predictor"]
-
-
-class Answer(str):
-    """An answer's text that also knows how it came about.
-
-    Args:
-        text: the answer.
-        facts: for the record: ``prompt_sha256``, ``n_prompt_tokens``, ``n_new_tokens``, ``stop_reason`` and others.
-    """
-
-    facts: Mapping[str, Any]
-
-    def __new__(cls, text: str, facts: Mapping[str, Any]) -> Answer:
-        """A string with facts."""
-        answer = super().__new__(cls, text)
-        answer.facts = facts
-        return answer
+__all__ = ["AnswersItems", "Predictor"]
 
 
 class AnswersItems(Protocol):
@@ -51,14 +35,23 @@ class Predictor:
         model: in evaluation mode, with its processor.
         batch_size: questions per batch.
         max_new_tokens: longest answer.
+        options: item -> its options, the likeliest of which is the answer, or None; default: all answers are written.
     """
 
-    def __init__(self, model: SymphonyVLMForConditionalGeneration, *, batch_size: int, max_new_tokens: int) -> None:
+    def __init__(
+        self,
+        model: SymphonyVLMForConditionalGeneration,
+        *,
+        batch_size: int,
+        max_new_tokens: int,
+        options: Callable[[EvaluationItem], Options | None] = lambda item: None,
+    ) -> None:
         assert model.processor is not None
         self._model = model
         self._processor = model.processor
         self._batch_size = batch_size
         self._max_new_tokens = max_new_tokens
+        self._options = options
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[np.ndarray]) -> list[Tensor]:
@@ -85,10 +78,22 @@ class Predictor:
             answers.update(zip(chosen, batch, strict=True))
         return [answers[i] for i in range(len(items))]
 
-    @torch.no_grad()
     def _answer_batch(
         self, items: Sequence[EvaluationItem], features: Sequence[Sequence[Tensor] | None]
     ) -> list[Answer]:
+        offered = {i: options for i, item in enumerate(items) if (options := self._options(item)) is not None}
+        written = [i for i in range(len(items)) if i not in offered]
+        answers: dict[int, Answer] = {}
+        if offered:
+            chosen = [items[i] for i in offered], [features[i] for i in offered], list(offered.values())
+            answers.update(zip(offered, choose(self._model, *chosen), strict=True))
+        if written:
+            texts = self._write([items[i] for i in written], [features[i] for i in written])
+            answers.update(zip(written, texts, strict=True))
+        return [answers[i] for i in range(len(items))]
+
+    @torch.no_grad()
+    def _write(self, items: Sequence[EvaluationItem], features: Sequence[Sequence[Tensor] | None]) -> list[Answer]:
         present = [image for images in features for image in images or ()]
         counts = [None if images is None else [len(image) for image in images] for images in features]
         inputs: dict[str, Any] = self._processor.encode_prompts([item.messages for item in items], counts)
@@ -113,13 +118,3 @@ class Predictor:
             length = row.index(True) + 1 if stopped else len(row)
             facts.append({"n_new_tokens": length, "stop_reason": "stop" if stopped else "length"})
         return facts
-
-
-def prompt_facts(inputs: Mapping[str, Tensor]) -> list[dict[str, Any]]:
-    """Of each row of left-padded ``input_ids`` and ``attention_mask``: its length and the sha256 of its ids as JSON."""
-    facts = []
-    for ids, mask in zip(inputs["input_ids"].tolist(), inputs["attention_mask"].tolist(), strict=True):
-        prompt = ids[len(ids) - sum(mask) :]
-        digest = hashlib.sha256(json.dumps(prompt).encode()).hexdigest()
-        facts.append({"prompt_sha256": digest, "n_prompt_tokens": len(prompt)})
-    return facts

@@ -129,9 +129,7 @@ def _run_cells(
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=silent) as bar:
         advance = _Progress(bar, bar.add_task(name, total=total))
         for cell in cells:
-            predictor = Predictor(
-                model, batch_size=plan.batch_size, max_new_tokens=plan.max_new_tokens or cell.task.max_new_tokens
-            )
+            predictor = _predictor(model, cell.task, plan)
             records = run_cell(
                 cell,
                 chosen[cell.file_name],
@@ -149,6 +147,13 @@ def _run_cells(
             if not console.is_terminal:
                 _print_cell(console, of_cell[0], cell, advance.done, total, time.monotonic() - start)
     return rows, errors
+
+
+def _predictor(model: SymphonyVLMForConditionalGeneration, task: Task, plan: EvaluationPlan) -> Predictor:
+    longest = plan.max_new_tokens or task.max_new_tokens
+    if plan.scoring == "likelihood":
+        return Predictor(model, batch_size=plan.batch_size, max_new_tokens=longest, options=task.options)
+    return Predictor(model, batch_size=plan.batch_size, max_new_tokens=longest)
 
 
 def _cells(task: Task, plan: EvaluationPlan) -> list[Cell]:

@@ -20,8 +20,9 @@ from rich.console import Console
 
 from symphony_vlm.data.scenes import generate_scenes
 from symphony_vlm.errors import InputError
+from symphony_vlm.evaluation.answer import Answer
 from symphony_vlm.evaluation.item import EvaluationItem
-from symphony_vlm.evaluation.predictor import Answer, Predictor
+from symphony_vlm.evaluation.predictor import Predictor
 from symphony_vlm.evaluation.processes import Processes
 from symphony_vlm.evaluation.report import write_report
 from symphony_vlm.evaluation.runner import EvaluationPlan, evaluate

@@ -25,7 +25,8 @@ from symphony_vlm.cli import main
 from symphony_vlm.data.scenes import generate_scenes
 from symphony_vlm.errors import InputError
 from symphony_vlm.evaluation import cell as cell_module
-from symphony_vlm.evaluation.predictor import Answer, Predictor
+from symphony_vlm.evaluation.answer import Answer
+from symphony_vlm.evaluation.predictor import Predictor
 from symphony_vlm.evaluation.runner import EvaluationPlan, EvaluationSummary, evaluate
 from symphony_vlm.files import write_json
 
