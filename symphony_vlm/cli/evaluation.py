@@ -43,6 +43,10 @@ def evaluate(
     max_errors: Annotated[
         float, typer.Option(help="Share of a cell's items that may fail before it has no score.", min=0.0, max=1.0)
     ] = 0.01,
+    check_batch: Annotated[
+        int,
+        typer.Option(help="Answer so many questions of each task also alone, to see whether batches matter.", min=0),
+    ] = 0,
     json_: Json = False,
 ) -> None:
     """Evaluate a model, clean and on corrupted pictures; run the same command again to continue.
@@ -73,6 +77,7 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         scoring=_scoring(scoring),
         max_errors=max_errors,
+        check_batch=check_batch,
     )
     summary = run(plan, output, console=console())
     if not summary.first_process:

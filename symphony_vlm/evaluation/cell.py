@@ -23,7 +23,7 @@ from symphony_vlm.evaluation.processes import ALONE, Processes
 from symphony_vlm.evaluation.records import Record, RecordWriter, merge_records, part_path, read_records
 from symphony_vlm.evaluation.task import EvaluationItem, Task
 
-__all__ = ["Cell", "run_cell"]
+__all__ = ["Cell", "answer_items", "run_cell"]
 
 IMAGES_AT_ONCE = 64
 """Pictures whose features are held in memory together."""
@@ -111,6 +111,14 @@ def run_cell(
         return []
     merged = merge_records(path)
     return [merged[item.id] for item in items]
+
+
+def answer_items(
+    cell: Cell, items: Sequence[EvaluationItem], predictor: AnswersItems, *, batch_size: int
+) -> dict[str, Record]:
+    """Records by item id, written nowhere; arguments as of `run_cell`."""
+    batches = _Batches(cell, predictor, batch_size, rank=0)
+    return {record["item_id"]: record for records in batches.records(items) for record in records}
 
 
 class _Batches:

@@ -14,7 +14,7 @@ from symphony_vlm.evaluation.item import EvaluationItem
 from symphony_vlm.files import write_json
 from symphony_vlm.model.loading import resolve_model_folder
 
-__all__ = ["SCORINGS", "EvaluationPlan", "Scoring", "check_manifest"]
+__all__ = ["SCORINGS", "EvaluationPlan", "Scoring", "check_manifest", "record_batch_check"]
 
 Scoring = Literal["generate", "likelihood"]
 SCORINGS: tuple[Scoring, ...] = ("generate", "likelihood")
@@ -41,11 +41,14 @@ class EvaluationPlan:
     """``likelihood``: of items with options the likeliest is the answer."""
     max_errors: float = 0.01
     """Share of a cell's items that may fail; above it the cell has no score."""
+    check_batch: int = 0
+    """So many clean items of each task are also answered one by one, to compare."""
 
 
 def check_manifest(plan: EvaluationPlan, output: Path, items: Mapping[str, Sequence[EvaluationItem]]) -> dict[str, Any]:
     """Writes the manifest; a folder with another one is refused, since its predictions would be mixed."""
     manifest = _manifest(plan, items)
+    found: dict[str, Any] = {}
     path = output / "manifest.json"
     if path.is_file():
         found = json.loads(path.read_text())
@@ -57,8 +60,14 @@ def check_manifest(plan: EvaluationPlan, output: Path, items: Mapping[str, Seque
                 where=str(output),
                 remedy="Give another --output.",
             )
-    write_json(path, manifest)
+    write_json(path, found | manifest)
     return manifest
+
+
+def record_batch_check(output: Path, batch_invariant: bool) -> None:
+    """Notes in the manifest what `batch_check` has found."""
+    path = output / "manifest.json"
+    write_json(path, json.loads(path.read_text()) | {"batch_invariant": batch_invariant})
 
 
 def _manifest(plan: EvaluationPlan, items: Mapping[str, Sequence[EvaluationItem]]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from symphony_vlm.evaluation.baselines import constant_baselines
+from symphony_vlm.evaluation.batch_check import check_batches
 from symphony_vlm.evaluation.cell import Cell, run_cell
 from symphony_vlm.evaluation.cell_results import cell_results
 from symphony_vlm.evaluation.corruptions import canary, find_frost_textures
-from symphony_vlm.evaluation.plan import EvaluationPlan, check_manifest
+from symphony_vlm.evaluation.plan import EvaluationPlan, check_manifest, record_batch_check
 from symphony_vlm.evaluation.predictor import Predictor
 from symphony_vlm.evaluation.processes import Processes, join
 from symphony_vlm.evaluation.records import merge_records
@@ -99,7 +101,10 @@ def evaluate(plan: EvaluationPlan, output: Path, *, console: Console | None = No
     if processes.first:
         surroundings = _surroundings(plan, manifest, model, processes, time.monotonic() - start)
         baselines = [b for task in tasks for b in constant_baselines(task.name, items[task.name], seed=plan.seed)]
-        write_json(output / "results.json", {"results": rows, "baselines": baselines, "provenance": surroundings})
+        document = {"results": rows, "baselines": baselines, "provenance": surroundings}
+        if plan.check_batch:
+            document["batch_check"] = _check_batches(plan, output, cells, items, model, console)
+        write_json(output / "results.json", document)
         record = Path(resolve_model_folder(plan.model)) / "training.json"
         if record.is_file():
             shutil.copyfile(record, output / "training.json")
@@ -129,7 +134,7 @@ def _run_cells(
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=silent) as bar:
         advance = _Progress(bar, bar.add_task(name, total=total))
         for cell in cells:
-            predictor = _predictor(model, cell.task, plan)
+            predictor = _predictor(model, cell.task, plan, plan.batch_size)
             records = run_cell(
                 cell,
                 chosen[cell.file_name],
@@ -149,11 +154,42 @@ def _run_cells(
     return rows, errors
 
 
-def _predictor(model: SymphonyVLMForConditionalGeneration, task: Task, plan: EvaluationPlan) -> Predictor:
+def _check_batches(
+    plan: EvaluationPlan,
+    output: Path,
+    cells: Sequence[Cell],
+    items: Items,
+    model: SymphonyVLMForConditionalGeneration,
+    console: Console,
+) -> list[dict[str, Any]]:
+    """What `check_batches` finds in each task's clean cell; said on the console and noted in the manifest."""
+    found = [
+        check_batches(
+            cell,
+            _choose(items[cell.task.name], plan, cell),
+            partial(_predictor, model, cell.task, plan),
+            n_items=plan.check_batch,
+            batch_size=plan.batch_size,
+        )
+        for cell in cells
+        if cell.severity == 0
+    ]
+    for one in found:
+        console.print(
+            f"{one['task']}: of {one['n_items']} questions asked alone and in batches of {one['batch_size']}, "
+            f"{len(one['text_differences'])} have another answer and {len(one['score_flips'])} another score"
+        )
+    record_batch_check(output, all(one["batch_invariant"] for one in found))
+    return found
+
+
+def _predictor(
+    model: SymphonyVLMForConditionalGeneration, task: Task, plan: EvaluationPlan, batch_size: int
+) -> Predictor:
     longest = plan.max_new_tokens or task.max_new_tokens
     if plan.scoring == "likelihood":
-        return Predictor(model, batch_size=plan.batch_size, max_new_tokens=longest, options=task.options)
-    return Predictor(model, batch_size=plan.batch_size, max_new_tokens=longest)
+        return Predictor(model, batch_size=batch_size, max_new_tokens=longest, options=task.options)
+    return Predictor(model, batch_size=batch_size, max_new_tokens=longest)
 
 
 def _cells(task: Task, plan: EvaluationPlan) -> list[Cell]:
