@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 from rich.console import Console
 
 from symphony_vlm.cli.application import Json, app, console, finish, names
 from symphony_vlm.errors import InputError
+
+if TYPE_CHECKING:
+    from symphony_vlm.evaluation.plan import Scoring
 
 __all__: list[str] = []
 
@@ -34,6 +37,16 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Of the subset and the corruptions.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Questions answered together.", min=1)] = 64,
     max_new_tokens: Annotated[Optional[int], typer.Option(help="Longest answer; default: the task's.", min=1)] = None,  # noqa: UP045
+    scoring: Annotated[
+        str, typer.Option(help="generate, or likelihood: the likeliest option of a multiple choice is the answer.")
+    ] = "generate",
+    max_errors: Annotated[
+        float, typer.Option(help="Share of a cell's items that may fail before it has no score.", min=0.0, max=1.0)
+    ] = 0.01,
+    check_batch: Annotated[
+        int,
+        typer.Option(help="Answer so many questions of each task also alone, to see whether batches matter.", min=0),
+    ] = 0,
     json_: Json = False,
 ) -> None:
     """Evaluate a model, clean and on corrupted pictures; run the same command again to continue.
@@ -62,13 +75,19 @@ def evaluate(
         seed=seed,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
+        scoring=_scoring(scoring),
+        max_errors=max_errors,
+        check_batch=check_batch,
     )
     summary = run(plan, output, console=console())
+    if not summary.first_process:
+        raise typer.Exit(3 if summary.num_errors else 0)
     report = write_report([output], output)
     lines = [f"{cell}: {'no score' if v is None else f'{v:.4f}'}" for cell, v in summary.headline.items()]
     finish(summary.to_dict(), json_, "\n".join([*lines, f"results: {summary.results}", f"report: {report}"]))
     if summary.num_errors:
-        console().print(f"{summary.num_errors} items failed; their records name the reason")
+        kinds = ", ".join(f"{count} {name}" for name, count in sorted(summary.errors.items()))
+        console().print(f"{summary.num_errors} items failed ({kinds}); their records name the reason")
         raise typer.Exit(3)
 
 
@@ -147,3 +166,11 @@ def _severities(text: str) -> tuple[int, ...]:
     if not values or any(value not in ("1", "2", "3", "4", "5") for value in values):
         raise InputError(f"{text!r} must be numbers from 1 to 5 separated by commas", where="--severity")
     return tuple(sorted({int(value) for value in values}))
+
+
+def _scoring(text: str) -> Scoring:
+    from symphony_vlm.evaluation.plan import SCORINGS
+
+    if text not in SCORINGS:
+        raise InputError(f"{text!r} is none of {', '.join(SCORINGS)}", where="--scoring")
+    return SCORINGS[SCORINGS.index(text)]

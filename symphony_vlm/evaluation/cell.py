@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import os
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from symphony_vlm.data.images import image_bytes, load_image
-from symphony_vlm.errors import InputError
+from symphony_vlm.evaluation.answer import Answer
+from symphony_vlm.evaluation.attempts import Failure, attempt
 from symphony_vlm.evaluation.corruptions import corrupt, corruption_rng, image_key
-from symphony_vlm.evaluation.opening import AnswersQuestions
+from symphony_vlm.evaluation.predictor import AnswersItems
+from symphony_vlm.evaluation.processes import ALONE, Processes
+from symphony_vlm.evaluation.records import Record, RecordWriter, merge_records, part_path, read_records
 from symphony_vlm.evaluation.task import EvaluationItem, Task
 
-__all__ = ["Cell", "read_records", "run_cell"]
+__all__ = ["Cell", "answer_items", "run_cell"]
 
 IMAGES_AT_ONCE = 64
 """Pictures whose features are held in memory together."""
@@ -47,77 +50,135 @@ class _Picture:
     pixels: np.ndarray
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """An item with its pictures, and what the model made of them, or why it could not."""
+
+    item: EvaluationItem
+    pictures: tuple[_Picture, ...] = ()
+    features: Sequence[Any] | None = None
+    failure: Failure | None = None
+
+    @property
+    def length(self) -> int:
+        """Grows with the length of the prompt."""
+        images = self.features or ()
+        return len(self.item.question) + sum(len(image) if isinstance(image, Tensor) else 1 for image in images)
+
+
 def run_cell(
-    cell: Cell, items: Sequence[EvaluationItem], predictor: AnswersQuestions, path: Path, advance: Callable[[int], None]
-) -> list[dict[str, Any]]:
+    cell: Cell,
+    items: Sequence[EvaluationItem],
+    predictor: AnswersItems,
+    path: Path,
+    advance: Callable[[int], None],
+    *,
+    batch_size: int = 64,
+    processes: Processes = ALONE,
+) -> list[Record]:
     """Answers and scores the items that ``path`` does not hold yet; returns the records of all.
 
-    A failing item becomes a record with ``error`` and no score; the others go on.
+    A failing item becomes a record with ``error`` and no score; the others go on. One process appends to ``path``
+    itself, several each to a part beside it; `merge_records` makes one sorted file of them.
 
     Args:
         cell: what is evaluated.
         items: all items of the cell; those of one picture stand together.
         predictor: the model.
-        path: one JSON line an item, flushed after each group of pictures.
-        advance: called with the number of items done.
+        path: one JSON line an item.
+        advance: called with the number of this process's items done.
+        batch_size: questions answered together; halved where the device's memory is too small.
+        processes: who takes part; each answers the pictures that it owns.
+
+    Returns:
+        In the order of the items; nothing in processes other than the first.
     """
-    done = {record["item_id"]: record for record in read_records(path)}
-    advance(len(done))
-    todo = [item for item in items if item.id not in done]
+    mine = [item for item in items if processes.owns(item)]
+    done = {record["item_id"] for record in read_records(path)}
+    todo = [item for item in mine if item.id not in done]
+    advance(len(mine) - len(todo))
     pictures = [list(group) for _, group in groupby(todo, key=lambda item: item.image_key)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
+    own_path = path if processes.size == 1 else part_path(path, processes.rank)
+    with RecordWriter(own_path) as writer:
+        batches = _Batches(cell, predictor, batch_size, processes.rank)
         for start in range(0, len(pictures), IMAGES_AT_ONCE):
             chunk = [item for group in pictures[start : start + IMAGES_AT_ONCE] for item in group]
-            for record in _answer(cell, chunk, predictor):
-                done[record["item_id"]] = record
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-            advance(len(chunk))
-    return [done[item.id] for item in items]
-
-
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """Records of a predictions file; a last line torn by a kill is cut off the file."""
-    if not path.is_file():
+            for records in batches.records(chunk):
+                writer.write(records)
+                advance(len(records))
+    processes.barrier()
+    if not processes.first:
         return []
-    records = []
-    good_bytes = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                if not line.endswith(b"\n"):
-                    raise ValueError("no line end")
-                records.append(json.loads(line))
-            except ValueError as error:
-                if file.read(1):
-                    raise InputError(f"line {number} is not JSON ({error})", where=str(path)) from error
-                break
-            good_bytes += len(line)
-    if good_bytes < path.stat().st_size:
-        os.truncate(path, good_bytes)
-    return records
+    merged = merge_records(path)
+    return [merged[item.id] for item in items]
 
 
-def _answer(cell: Cell, items: Sequence[EvaluationItem], predictor: AnswersQuestions) -> list[dict[str, Any]]:
-    pictures: dict[str, list[_Picture]] = {}
-    errors: dict[str, Exception] = {}
-    for item in items:
-        if item.image_key not in pictures and item.image_key not in errors:
-            try:
-                pictures[item.image_key] = [_picture(ref, cell) for ref in item.images]
-            except InputError as error:
-                errors[item.image_key] = error
-    features = _features(pictures, predictor)
-    good = [item for item in items if item.image_key in pictures]
-    answers = dict(
-        zip((i.id for i in good), predictor.answer(good, [features[i.image_key] for i in good]), strict=True)
-    )
-    return [
-        _record(cell, item, answers.get(item.id), pictures.get(item.image_key, []), errors.get(item.image_key))
-        for item in items
-    ]
+def answer_items(
+    cell: Cell, items: Sequence[EvaluationItem], predictor: AnswersItems, *, batch_size: int
+) -> dict[str, Record]:
+    """Records by item id, written nowhere; arguments as of `run_cell`."""
+    batches = _Batches(cell, predictor, batch_size, rank=0)
+    return {record["item_id"]: record for records in batches.records(items) for record in records}
+
+
+class _Batches:
+    """Answers chunks of items in batches that fit the device's memory."""
+
+    def __init__(self, cell: Cell, predictor: AnswersItems, batch_size: int, rank: int) -> None:
+        self._cell = cell
+        self._predictor = predictor
+        self._batch_size = batch_size
+        self._rank = rank
+
+    def records(self, items: Sequence[EvaluationItem]) -> Iterator[list[Record]]:
+        """Batch by batch, those that failed before the model was asked first."""
+        start = time.monotonic()
+        asked = self._encode(items)
+        encoding = (time.monotonic() - start) / len(items)
+        failed = [one for one in asked if one.failure is not None]
+        if failed:
+            yield [self._record(one, one.failure, encoding) for one in failed]
+        # Batches of equal length waste no padding.
+        good = sorted((one for one in asked if one.failure is None), key=lambda one: one.length)
+        while good:
+            batch, good = good[: self._batch_size], good[self._batch_size :]
+            start = time.monotonic()
+            answers = attempt(self._answer, batch, self._too_large)
+            seconds = encoding + (time.monotonic() - start) / len(batch)
+            yield [self._record(one, answer, seconds) for one, answer in zip(batch, answers, strict=True)]
+
+    def _encode(self, items: Sequence[EvaluationItem]) -> list[_Asked]:
+        """Opens the pictures of all items and encodes them together, each once."""
+        opened: dict[str, tuple[_Picture, ...] | Failure] = {}
+        for item in items:
+            if item.image_key not in opened:
+                try:
+                    opened[item.image_key] = tuple(_picture(ref, self._cell) for ref in item.images)
+                except Exception as error:
+                    opened[item.image_key] = Failure.of(error)
+        good = {key: pictures for key, pictures in opened.items() if not isinstance(pictures, Failure)}
+        flat = [picture.pixels for pictures in good.values() for picture in pictures]
+        encoded = iter(attempt(self._predictor.encode_images, flat))
+        features = {key: [next(encoded) for _ in pictures] for key, pictures in good.items()}
+        return [self._asked(item, opened[item.image_key], features.get(item.image_key, [])) for item in items]
+
+    def _asked(self, item: EvaluationItem, pictures: tuple[_Picture, ...] | Failure, features: Sequence[Any]) -> _Asked:
+        if isinstance(pictures, Failure):
+            return _Asked(item, failure=pictures)
+        failure = next((image for image in features if isinstance(image, Failure)), None)
+        if failure is not None:
+            return _Asked(item, pictures, failure=failure)
+        return _Asked(item, pictures, features=features or None)
+
+    def _answer(self, batch: Sequence[_Asked]) -> Sequence[str]:
+        return self._predictor.answer([one.item for one in batch], [one.features for one in batch])
+
+    def _too_large(self, size: int) -> None:
+        self._batch_size = max(1, min(self._batch_size, size // 2))
+
+    def _record(self, asked: _Asked, answer: str | Failure | None, seconds: float) -> Record:
+        when_and_where = {"seconds": round(seconds, 4), "rank": self._rank}
+        return _record(self._cell, asked.item, answer, asked.pictures) | when_and_where
 
 
 def _picture(ref: Any, cell: Cell) -> _Picture:
@@ -129,26 +190,13 @@ def _picture(ref: Any, cell: Cell) -> _Picture:
     return _Picture(key, pixels)
 
 
-def _features(pictures: dict[str, list[_Picture]], predictor: AnswersQuestions) -> dict[str, Sequence[Any] | None]:
-    """Features of each item's images, all pictures encoded together."""
-    flat = [picture.pixels for group in pictures.values() for picture in group]
-    if not flat:
-        return dict.fromkeys(pictures)
-    encoded = predictor.encode_images(flat)
-    result: dict[str, Sequence[Any] | None] = {}
-    position = 0
-    for key, group in pictures.items():
-        result[key] = encoded[position : position + len(group)] if group else None
-        position += len(group)
-    return result
-
-
-def _record(
-    cell: Cell, item: EvaluationItem, prediction: str | None, pictures: list[_Picture], error: Exception | None
-) -> dict[str, Any]:
+def _record(cell: Cell, item: EvaluationItem, answer: str | Failure | None, pictures: Sequence[_Picture]) -> Record:
+    failure, prediction = (answer, None) if isinstance(answer, Failure) else (None, answer)
     scored = cell.task.score(prediction, item) if prediction is not None else None
+    facts = {"prompt_sha256": None, "n_prompt_tokens": None, "n_new_tokens": None, "stop_reason": None}
     return {
         "item_id": item.id,
+        "question_id": item.id,
         "task": cell.task.name,
         "split": cell.task.split,
         "image_key": item.image_key,
@@ -157,14 +205,17 @@ def _record(
         "corruption": cell.corruption,
         "severity": cell.severity,
         "seed": cell.seed,
+        "corrupt_at": "native",
         "group": item.group,
         "question": item.question,
-        "prediction": prediction,
+        "prediction": None if prediction is None else str(prediction),
         "answer": item.answers[0] if item.answers else None,
         "parsed": scored.parsed if scored else None,
         "parse_status": scored.status if scored else "error",
         # Not known until a judge has been asked, or ever: NaN is no JSON.
         "score": scored.score if scored and not math.isnan(scored.score) else None,
         "lenient": scored.lenient if scored else None,
-        "error": {"type": type(error).__name__, "message": str(error)} if error else None,
+        "error": {"type": failure.type, "message": failure.message} if failure else None,
+        **facts,
+        **(prediction.facts if isinstance(prediction, Answer) else {}),
     }

@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-import numpy as np
+from typing import Any
 
 from symphony_vlm.errors import InputError
-from symphony_vlm.evaluation.predictor import Predictor
+from symphony_vlm.evaluation.item import EvaluationItem
+from symphony_vlm.evaluation.options import Options
+from symphony_vlm.evaluation.predictor import AnswersItems, Predictor
 from symphony_vlm.evaluation.stock_predictor import StockPredictor, load_stock_model
-from symphony_vlm.evaluation.task import EvaluationItem
 from symphony_vlm.model.loading import load, model_type_of, resolve_model_folder
 
-__all__ = ["AnswersQuestions", "OpenedModel", "open_model"]
-
-
-class AnswersQuestions(Protocol):
-    """What the runner needs of a model."""
-
-    def encode_images(self, images: Sequence[np.ndarray]) -> Sequence[Any]:
-        """Something per uint8 ``[H, W, 3]`` image, that `answer` takes for it."""
-
-    def answer(self, items: Sequence[EvaluationItem], features: Sequence[Any]) -> list[str]:
-        """One answer per item; `features` has for each item what its images became, or None."""
+__all__ = ["OpenedModel", "open_model"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +27,35 @@ class OpenedModel:
     """As results name it: the preset, ``dense``, or for a model of transformers its ``model_type``."""
     is_stock: bool
 
-    def predictor(self, *, batch_size: int, max_new_tokens: int) -> AnswersQuestions:
-        """A predictor of this model; arguments as in `Predictor`."""
+    @property
+    def template(self) -> str:
+        """How conversations are written: the template's name, or of a model of transformers the sha256 of its text."""
+        if not self.is_stock:
+            return str(self.processor.template)
+        return f"sha256:{hashlib.sha256(str(self.processor.chat_template).encode()).hexdigest()}"
+
+    def predictor(
+        self,
+        *,
+        batch_size: int,
+        max_new_tokens: int,
+        options: Callable[[EvaluationItem], Options | None] | None = None,
+    ) -> AnswersItems:
+        """A predictor of this model; arguments as in `Predictor`.
+
+        Raises:
+            InputError: a model of transformers shall score options, which it does not do here.
+        """
         if self.is_stock:
+            if options is not None:
+                raise InputError(
+                    "a model of transformers writes its answers; options are scored for models trained here alone",
+                    where="--scoring likelihood",
+                    remedy="Leave --scoring out.",
+                )
             return StockPredictor(self.model, self.processor, batch_size=batch_size, max_new_tokens=max_new_tokens)
-        return Predictor(self.model, batch_size=batch_size, max_new_tokens=max_new_tokens)
+        more = {} if options is None else {"options": options}
+        return Predictor(self.model, batch_size=batch_size, max_new_tokens=max_new_tokens, **more)
 
 
 def open_model(name: str, *, device: str | None = None, dtype: str = "auto") -> OpenedModel:

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from symphony_vlm.evaluation.task import EvaluationItem
+from symphony_vlm.evaluation.answer import Answer, prompt_facts
+from symphony_vlm.evaluation.item import EvaluationItem
+from symphony_vlm.evaluation.likelihood import choose
+from symphony_vlm.evaluation.options import Options
 from symphony_vlm.model.vlm import SymphonyVLMForConditionalGeneration
 
-__all__ = ["Predictor"]
+__all__ = ["AnswersItems", "Predictor"]
+
+
+class AnswersItems(Protocol):
+    """What the runner needs of a model."""
+
+    def encode_images(self, images: Sequence[np.ndarray]) -> Sequence[Any]:
+        """Anything that stands for uint8 ``[H, W, 3]`` images, one for each."""
+
+    def answer(self, items: Sequence[EvaluationItem], features: Sequence[Sequence[Any] | None]) -> Sequence[str]:
+        """One answer per item, a plain text or an `Answer`; features of its images in order, or None without."""
 
 
 class Predictor:
@@ -22,14 +35,23 @@ class Predictor:
         model: in evaluation mode, with its processor.
         batch_size: questions per batch.
         max_new_tokens: longest answer.
+        options: item -> its options, the likeliest of which is the answer, or None; default: all answers are written.
     """
 
-    def __init__(self, model: SymphonyVLMForConditionalGeneration, *, batch_size: int, max_new_tokens: int) -> None:
+    def __init__(
+        self,
+        model: SymphonyVLMForConditionalGeneration,
+        *,
+        batch_size: int,
+        max_new_tokens: int,
+        options: Callable[[EvaluationItem], Options | None] = lambda item: None,
+    ) -> None:
         assert model.processor is not None
         self._model = model
         self._processor = model.processor
         self._batch_size = batch_size
         self._max_new_tokens = max_new_tokens
+        self._options = options
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[np.ndarray]) -> list[Tensor]:
@@ -40,7 +62,7 @@ class Predictor:
             features += self._model.get_image_features(**inputs.to(self._model.device))
         return features
 
-    def answer(self, items: Sequence[EvaluationItem], features: Sequence[Sequence[Tensor] | None]) -> list[str]:
+    def answer(self, items: Sequence[EvaluationItem], features: Sequence[Sequence[Tensor] | None]) -> list[Answer]:
         """One answer per item.
 
         Args:
@@ -49,16 +71,29 @@ class Predictor:
         """
         # Batches of equal length waste no padding; the answers return to the order of the items.
         order = sorted(range(len(items)), key=lambda i: len(items[i].question))
-        answers = [""] * len(items)
+        answers: dict[int, Answer] = {}
         for start in range(0, len(order), self._batch_size):
             chosen = order[start : start + self._batch_size]
-            texts = self._answer_batch([items[i] for i in chosen], [features[i] for i in chosen])
-            for i, text in zip(chosen, texts, strict=True):
-                answers[i] = text
-        return answers
+            batch = self._answer_batch([items[i] for i in chosen], [features[i] for i in chosen])
+            answers.update(zip(chosen, batch, strict=True))
+        return [answers[i] for i in range(len(items))]
+
+    def _answer_batch(
+        self, items: Sequence[EvaluationItem], features: Sequence[Sequence[Tensor] | None]
+    ) -> list[Answer]:
+        offered = {i: options for i, item in enumerate(items) if (options := self._options(item)) is not None}
+        written = [i for i in range(len(items)) if i not in offered]
+        answers: dict[int, Answer] = {}
+        if offered:
+            chosen = [items[i] for i in offered], [features[i] for i in offered], list(offered.values())
+            answers.update(zip(offered, choose(self._model, *chosen), strict=True))
+        if written:
+            texts = self._write([items[i] for i in written], [features[i] for i in written])
+            answers.update(zip(written, texts, strict=True))
+        return [answers[i] for i in range(len(items))]
 
     @torch.no_grad()
-    def _answer_batch(self, items: Sequence[EvaluationItem], features: Sequence[Sequence[Tensor] | None]) -> list[str]:
+    def _write(self, items: Sequence[EvaluationItem], features: Sequence[Sequence[Tensor] | None]) -> list[Answer]:
         present = [image for images in features for image in images or ()]
         counts = [None if images is None else [len(image) for image in images] for images in features]
         inputs: dict[str, Any] = self._processor.encode_prompts([item.messages for item in items], counts)
@@ -69,4 +104,17 @@ class Predictor:
             max_new_tokens=self._max_new_tokens,
             do_sample=False,
         )
-        return self._processor.decode_answers(ids[:, inputs["input_ids"].shape[1] :])
+        new = ids[:, inputs["input_ids"].shape[1] :]
+        texts = self._processor.decode_answers(new)
+        facts = zip(prompt_facts(inputs), self._generation_facts(new), strict=True)
+        return [Answer(text, prompt | generated) for text, (prompt, generated) in zip(texts, facts, strict=True)]
+
+    def _generation_facts(self, new_BS: Tensor) -> list[dict[str, Any]]:
+        stops = torch.tensor(self._processor.stop_token_ids, device=new_BS.device)
+        facts = []
+        for row in torch.isin(new_BS, stops).tolist():
+            # The token that ends the answer is one that was generated; padding behind it is not.
+            stopped = True in row
+            length = row.index(True) + 1 if stopped else len(row)
+            facts.append({"n_new_tokens": length, "stop_reason": "stop" if stopped else "length"})
+        return facts

@@ -64,6 +64,8 @@ def _folder(model: ModelInfo) -> Iterator[str]:
             limit = evaluation.manifest.get(field)
             if limit:
                 yield f"{model.label}: {what} limited to about {limit} questions; not the score of the whole benchmark."
+        if evaluation.manifest.get("batch_invariant") is False:
+            yield f"{model.label}: scores depend on the batch size (batch_check in results.json has the questions)."
         if not evaluation.manifest:
             yield f"{model.label}: no manifest.json, so what produced these results is not known."
         if not evaluation.records:

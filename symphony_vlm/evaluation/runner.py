@@ -1,52 +1,41 @@
-"""Evaluates a model on tasks, clean and corrupted. Running it again continues."""
+"""Evaluates a model on tasks, clean and corrupted. Running it again continues, in any number of processes."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from symphony_vlm.errors import InputError
 from symphony_vlm.evaluation.baselines import constant_baselines
+from symphony_vlm.evaluation.batch_check import check_batches
 from symphony_vlm.evaluation.cell import Cell, run_cell
+from symphony_vlm.evaluation.cell_results import cell_results
 from symphony_vlm.evaluation.corruptions import canary, find_frost_textures
-from symphony_vlm.evaluation.item import Outcome
-from symphony_vlm.evaluation.metrics import Metric, metric_intervals
-from symphony_vlm.evaluation.opening import open_model
-from symphony_vlm.evaluation.statistics import Interval
-from symphony_vlm.evaluation.task import EvaluationItem, Scored, Task, get_task
+from symphony_vlm.evaluation.opening import OpenedModel, open_model
+from symphony_vlm.evaluation.plan import EvaluationPlan, check_manifest, record_batch_check
+from symphony_vlm.evaluation.predictor import AnswersItems
+from symphony_vlm.evaluation.processes import Processes, join
+from symphony_vlm.evaluation.records import merge_records
+from symphony_vlm.evaluation.task import EvaluationItem, Task, get_task
 from symphony_vlm.files import write_json
 from symphony_vlm.model.loading import resolve_model_folder
 from symphony_vlm.training.provenance import provenance
 
 __all__ = ["EvaluationPlan", "EvaluationSummary", "evaluate"]
 
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationPlan:
-    """What to evaluate. Everything here changes answers or items and is part of the manifest."""
-
-    model: str
-    tasks: tuple[str, ...]
-    data: Path | None = None
-    image_folder: Path | None = None
-    corruptions: tuple[str, ...] = ()
-    severities: tuple[int, ...] = (1, 2, 3, 4, 5)
-    limit: int | None = None
-    """At most about so many questions per clean cell, whole pictures of a seeded order."""
-    corrupted_limit: int | None = None
-    """The same for corrupted cells; default: `limit`. Its pictures are the first of the clean cell's."""
-    seed: int = 0
-    batch_size: int = 64
-    max_new_tokens: int | None = None
+Items = dict[str, list[EvaluationItem]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +45,10 @@ class EvaluationSummary:
     results: Path
     headline: dict[str, float | None]
     num_errors: int
+    errors: dict[str, int]
+    """Items that failed, by the exception's name; empty in processes other than the first."""
+    first_process: bool
+    """Whether this process has written the results; the others have only read them."""
 
     def to_dict(self) -> dict[str, Any]:
         """The summary of ``--json``."""
@@ -87,54 +80,114 @@ def evaluate(plan: EvaluationPlan, output: Path, *, console: Console | None = No
         InputError: the model, a task's data or a setting cannot be used, or the folder holds another evaluation.
     """
     console = console or Console(stderr=True)
+    processes = join()
     tasks = [get_task(name) for name in plan.tasks]
     if "frost" in plan.corruptions:
         find_frost_textures()
     start = time.monotonic()
     # The cheap checks first: loading a large model takes minutes.
     resolve_model_folder(plan.model)
-    items = {task.name: list(task.load(plan.data, plan.image_folder, output / "data", plan.seed)) for task in tasks}
-    model = open_model(plan.model)
-    manifest = _check_manifest(plan, output, items)
-    router = model.router
     cells = [cell for task in tasks for cell in _cells(task, plan)]
+    with processes.first_before_others():
+        items = {task.name: list(task.load(plan.data, plan.image_folder, output / "data", plan.seed)) for task in tasks}
+    model = open_model(plan.model, device=_device(processes))
+    manifest: dict[str, Any] = {}
+    with processes.first_before_others():
+        if processes.first:
+            manifest = check_manifest(plan, output, items)
+            for cell in cells:  # what an earlier start has left, of however many processes
+                merge_records(output / "predictions" / cell.file_name)
+    rows, errors = _run_cells(plan, output, cells, items, model, processes, console)
+    if processes.first:
+        surroundings = _surroundings(plan, manifest, model, processes, time.monotonic() - start)
+        baselines = [b for task in tasks for b in constant_baselines(task.name, items[task.name], seed=plan.seed)]
+        document = {"results": rows, "baselines": baselines, "provenance": surroundings}
+        if plan.check_batch:
+            document["batch_check"] = _check_batches(plan, output, cells, items, model, console)
+        write_json(output / "results.json", document)
+        record = Path(resolve_model_folder(plan.model)) / "training.json"
+        if record.is_file():
+            shutil.copyfile(record, output / "training.json")
+    processes.barrier()
+    return _summary(output / "results.json", errors, processes)
+
+
+def _run_cells(
+    plan: EvaluationPlan,
+    output: Path,
+    cells: Sequence[Cell],
+    items: Items,
+    model: OpenedModel,
+    processes: Processes,
+    console: Console,
+) -> tuple[list[dict[str, Any]], Counter[str]]:
+    """Rows of results, none in processes other than the first, and how many items failed of what."""
+    start = time.monotonic()
+    router = model.router
     chosen = {cell.file_name: _choose(items[cell.task.name], plan, cell) for cell in cells}
-    results: list[dict[str, Any]] = []
-    headlines: list[dict[str, Any]] = []
+    total = sum(processes.owns(item) for listed in chosen.values() for item in listed)
+    rows: list[dict[str, Any]] = []
+    errors: Counter[str] = Counter()
+    name = f"evaluating {router}" + (f" (process 1 of {processes.size})" if processes.size > 1 else "")
     columns = ("[bold]{task.description}", BarColumn(), MofNCompleteColumn(), TextColumn("questions"))
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
-        total = sum(len(chosen[cell.file_name]) for cell in cells)
-        advance = _Progress(bar, bar.add_task(f"evaluating {router}", total=total))
+    silent = not console.is_terminal or not processes.first
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=silent) as bar:
+        advance = _Progress(bar, bar.add_task(name, total=total))
         for cell in cells:
-            predictor = model.predictor(
-                batch_size=plan.batch_size, max_new_tokens=plan.max_new_tokens or cell.task.max_new_tokens
+            predictor = _predictor(model, cell.task, plan, plan.batch_size)
+            records = run_cell(
+                cell,
+                chosen[cell.file_name],
+                predictor,
+                output / "predictions" / cell.file_name,
+                advance,
+                batch_size=plan.batch_size,
+                processes=processes,
             )
-            path = output / "predictions" / cell.file_name
-            records = run_cell(cell, chosen[cell.file_name], predictor, path, advance)
-            rows = _results(plan, cell, router, chosen[cell.file_name], records)
-            headlines.append(rows[0])
-            results += rows
+            if not processes.first:
+                continue
+            of_cell = cell_results(plan, cell, router, chosen[cell.file_name], records)
+            rows += of_cell
+            errors.update(record["error"]["type"] for record in records if record["error"])
             if not console.is_terminal:
-                _print_cell(console, rows[0], cell, advance.done, total, time.monotonic() - start)
-    summary = {
-        "results": results,
-        "baselines": [b for task in tasks for b in constant_baselines(task.name, items[task.name], seed=plan.seed)],
-        "provenance": provenance(
-            seed=plan.seed,
-            config_sha256=hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest(),
-            model_sha256=manifest["model_sha256"],
-            items_sha256=manifest["items_sha256"],
-            corruption_canary=canary(),
-            wall_seconds=round(time.monotonic() - start, 1),
-        ),
-    }
-    write_json(output / "results.json", summary)
-    record = Path(resolve_model_folder(plan.model)) / "training.json"
-    if record.is_file():
-        shutil.copyfile(record, output / "training.json")
-    headline = {f"{r['task']}/{r['corruption']}/{r['severity']}": r["value"] for r in headlines}
-    errors = sum(r["n_errors"] for r in headlines)
-    return EvaluationSummary(results=output / "results.json", headline=headline, num_errors=errors)
+                _print_cell(console, of_cell[0], cell, advance.done, total, time.monotonic() - start)
+    return rows, errors
+
+
+def _check_batches(
+    plan: EvaluationPlan,
+    output: Path,
+    cells: Sequence[Cell],
+    items: Items,
+    model: OpenedModel,
+    console: Console,
+) -> list[dict[str, Any]]:
+    """What `check_batches` finds in each task's clean cell; said on the console and noted in the manifest."""
+    found = [
+        check_batches(
+            cell,
+            _choose(items[cell.task.name], plan, cell),
+            partial(_predictor, model, cell.task, plan),
+            n_items=plan.check_batch,
+            batch_size=plan.batch_size,
+        )
+        for cell in cells
+        if cell.severity == 0
+    ]
+    for one in found:
+        console.print(
+            f"{one['task']}: of {one['n_items']} questions asked alone and in batches of {one['batch_size']}, "
+            f"{len(one['text_differences'])} have another answer and {len(one['score_flips'])} another score"
+        )
+    record_batch_check(output, all(one["batch_invariant"] for one in found))
+    return found
+
+
+def _predictor(model: OpenedModel, task: Task, plan: EvaluationPlan, batch_size: int) -> AnswersItems:
+    longest = plan.max_new_tokens or task.max_new_tokens
+    if plan.scoring == "likelihood":
+        return model.predictor(batch_size=batch_size, max_new_tokens=longest, options=task.options)
+    return model.predictor(batch_size=batch_size, max_new_tokens=longest)
 
 
 def _cells(task: Task, plan: EvaluationPlan) -> list[Cell]:
@@ -161,114 +214,53 @@ def _choose(items: Sequence[EvaluationItem], plan: EvaluationPlan, cell: Cell) -
     return chosen
 
 
-def _results(
-    plan: EvaluationPlan, cell: Cell, router: str, items: Sequence[EvaluationItem], records: list[dict[str, Any]]
-) -> list[dict[str, Any]]:
-    """The task's figures, headline first; those of groups (``accuracy/colour``) for the clean cell only."""
-    outcomes = [
-        Outcome(item=item, prediction=record["prediction"], scored=cell.task.score(record["prediction"], item))
-        for item, record in zip(items, records, strict=True)
-        if record["prediction"] is not None
-    ]
-    # Records of items that failed still count as items, and groups are those of all items.
-    everything = [
-        Outcome(item=item, prediction=None, scored=Scored(score=0.0, parsed="", status="error")) for item in items
-    ]
-    metrics = [m for m in cell.task.metrics(outcomes or everything) if cell.severity == 0 or "/" not in m.name]
-    intervals = metric_intervals(metrics, outcomes, seed=plan.seed) if outcomes else {}
-    by_id = {record["item_id"]: record for record in records}
-    return [
-        _result(
-            plan,
-            cell,
-            router,
-            metric,
-            intervals.get(metric.name),
-            [by_id[outcome.item.id] for outcome in metric.members(everything)],
-        )
-        for metric in metrics
-    ]
+def _device(processes: Processes) -> str | None:
+    """A GPU for each process of a launch, where there are GPUs; None: `open_model` chooses."""
+    if processes.size == 1 or not torch.cuda.is_available():
+        return None
+    return f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
 
 
-def _result(
+def _surroundings(
     plan: EvaluationPlan,
-    cell: Cell,
-    router: str,
-    metric: Metric,
-    interval: Interval | None,
-    records: list[dict[str, Any]],
+    manifest: dict[str, Any],
+    model: OpenedModel,
+    processes: Processes,
+    seconds: float,
 ) -> dict[str, Any]:
-    return {
-        "model": plan.model,
-        "router": router,
-        "task": cell.task.name,
-        "split": cell.task.split,
-        "corruption": cell.corruption,
-        "severity": cell.severity,
-        "metric": metric.name,
-        "value": interval.value if interval else None,
-        "higher_is_better": metric.higher_is_better,
-        "scale": metric.scale,
-        "ci_low": interval.low if interval else None,
-        "ci_high": interval.high if interval else None,
-        "n_items": len(records),
-        "n_images": len({record["image_key"] for record in records}),
-        "n_errors": sum(record["error"] is not None for record in records),
-        "n_unparsed": sum(record["parse_status"] in ("unparsed", "empty", "ambiguous") for record in records),
-    }
-
-
-def _print_cell(console: Console, last: dict[str, Any], cell: Cell, done: int, total: int, seconds: float) -> None:
-    shown = (
-        "no score" if last["value"] is None else f"{last['value']:.3f} [{last['ci_low']:.3f}, {last['ci_high']:.3f}]"
+    facts = provenance(
+        seed=plan.seed,
+        config_sha256=hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest(),
+        model_sha256=manifest["model_sha256"],
+        items_sha256=manifest["items_sha256"],
+        corruption_canary=canary(),
+        template=model.template,
+        dtype=str(model.model.dtype).removeprefix("torch."),
+        device=str(model.model.device),
+        batch_size=plan.batch_size,
+        processes=processes.size,
+        wall_seconds=round(seconds, 1),
     )
+    commit = (facts["git"] or {}).get("commit")
+    version = facts["versions"].get("symphony-vlm", "unknown")
+    return facts | {"scorer_version": f"{version}+{commit[:12]}" if commit else version}
+
+
+def _summary(results: Path, errors: Counter[str], processes: Processes) -> EvaluationSummary:
+    """From the file, which every process can read."""
+    headlines: dict[str, dict[str, Any]] = {}
+    for row in json.loads(results.read_text())["results"]:
+        headlines.setdefault(f"{row['task']}/{row['corruption']}/{row['severity']}", row)
+    return EvaluationSummary(
+        results=results,
+        headline={cell: row["value"] for cell, row in headlines.items()},
+        num_errors=sum(row["n_errors"] for row in headlines.values()),
+        errors=dict(errors),
+        first_process=processes.first,
+    )
+
+
+def _print_cell(console: Console, row: dict[str, Any], cell: Cell, done: int, total: int, seconds: float) -> None:
+    shown = "no score" if row["value"] is None else f"{row['value']:.3f} [{row['ci_low']:.3f}, {row['ci_high']:.3f}]"
     left = (total - done) * seconds / max(done, 1)
     console.print(f"{cell.task.name} {cell.corruption} {cell.severity}: {shown}  ({done}/{total}, {left:.0f} s left)")
-
-
-def _check_manifest(plan: EvaluationPlan, output: Path, items: dict[str, list[EvaluationItem]]) -> dict[str, Any]:
-    """Writes the manifest; a folder with another one is refused, since its predictions would be mixed."""
-    digest = hashlib.sha256()
-    for name, listed in items.items():
-        for item in listed:
-            digest.update(json.dumps([name, item.id, item.question, item.answers]).encode())
-    manifest = {
-        "model": plan.model,
-        "model_sha256": _weights_hash(plan.model),
-        "task": list(plan.tasks),
-        "items_sha256": digest.hexdigest(),
-        "n_items": {name: len(listed) for name, listed in items.items()},
-        "image_folder": str(plan.image_folder.resolve()) if plan.image_folder else None,
-        "limit": plan.limit,
-        "corrupted_limit": plan.corrupted_limit,
-        "seed": plan.seed,
-        "max_new_tokens": plan.max_new_tokens,
-        "decoding": "greedy",
-        "corrupt_at": "native",
-    }
-    path = output / "manifest.json"
-    if path.is_file():
-        found = json.loads(path.read_text())
-        changed = [key for key in manifest if found.get(key) != manifest[key]]
-        if changed:
-            raise InputError(
-                f"the folder holds another evaluation; it differs in {', '.join(changed)}",
-                where=str(output),
-                remedy="Give another --output.",
-            )
-    write_json(path, manifest)
-    return manifest
-
-
-def _weights_hash(model: str) -> str | None:
-    """sha256 over a local model's configuration and weights; None for a hub name."""
-    folder = Path(resolve_model_folder(model))
-    if not folder.is_dir():
-        return None
-    digest = hashlib.sha256()
-    for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
-        digest.update(path.name.encode())
-        with path.open("rb") as file:
-            while block := file.read(2**20):
-                digest.update(block)
-    return digest.hexdigest()

@@ -13,6 +13,7 @@ from types import ModuleType
 from symphony_vlm.errors import InputError
 from symphony_vlm.evaluation.item import EvaluationItem, Outcome, ParseStatus, Scored
 from symphony_vlm.evaluation.metrics import Metric, accuracy_metrics
+from symphony_vlm.evaluation.options import Options, options_of
 from symphony_vlm.evaluation.predictions import read_answers
 from symphony_vlm.text import nearest
 
@@ -36,6 +37,7 @@ class Task:
         read_self_contained: ``(file or folder) -> items with their predictions``, of results that bring the truth.
         read_results: ``(file, items) -> items with their predictions``, in place of ``read_predictions`` where the file
             says more of an item than its answer: what a judge made of it, or whether the prompt had OCR tokens.
+        options: item -> what ``--scoring likelihood`` compares; None where the answer is written all the same.
         export: outcomes -> the JSON document that a server or a judge takes.
         counts: official numbers of items, by the name of the version; another number makes the result a subset.
         count: what ``counts`` counts, where it is not the items.
@@ -51,6 +53,7 @@ class Task:
     read_with_questions: Callable[[Path, Sequence[EvaluationItem], Path], dict[str, str]] | None = None
     read_self_contained: Callable[[Path], Sequence[tuple[EvaluationItem, str]]] | None = None
     read_results: Callable[[Path, Sequence[EvaluationItem]], Sequence[tuple[EvaluationItem, str]]] | None = None
+    options: Callable[[EvaluationItem], Options | None] = options_of
     export: Callable[[Sequence[Outcome]], object] | None = None
     counts: Mapping[str, int] = field(default_factory=dict)
     count: Callable[[Sequence[EvaluationItem]], int] = len

@@ -284,7 +284,7 @@ def samples(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Records of an evaluation (``predictions/*.jsonl``) as lmms-eval logs samples.
 
     Args:
-        records: as `evaluation.cell.read_records` gives them.
+        records: as `evaluation.records.read_records` gives them.
 
     Returns:
         For each ``doc_id, input, target, resps, filtered_resps`` and, where there are, ``score`` and ``error``. The

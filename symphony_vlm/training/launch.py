@@ -1,6 +1,6 @@
 """Whether the processes that a launcher has started really found each other.
 
-A process that was started beside others and does not know of them would train alone, as would each of the others:
+A process that was started beside others and does not know of them would work alone, as would each of the others:
 several runs in one folder, and a success at the end.
 """
 
@@ -13,7 +13,7 @@ from accelerate import PartialState
 
 from symphony_vlm.errors import InputError
 
-__all__ = ["check_launch", "join_processes"]
+__all__ = ["check_count", "check_launch", "join_processes"]
 
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun and the deepspeed launcher tell every process."""
@@ -28,8 +28,12 @@ OTHERS = {
 REMEDY = "Start it with torchrun --nproc-per-node N -m train.instruct ... (train/launch has scripts)"
 
 
-def check_launch(environment: Mapping[str, str] = os.environ) -> None:
+def check_launch(environment: Mapping[str, str] = os.environ, *, remedy: str = REMEDY) -> None:
     """Before processes join: whether the variables that they need for it are complete.
+
+    Args:
+        environment: what the launcher has set.
+        remedy: how such processes are started.
 
     Raises:
         InputError: some are set and some are missing. Joining would fail, or wait for ever.
@@ -42,7 +46,7 @@ def check_launch(environment: Mapping[str, str] = os.environ) -> None:
         raise InputError(
             f"a launcher has set {there}, but not {', '.join(missing)}",
             where="launch",
-            remedy=f"{REMEDY}, or unset these variables to train in one process.",
+            remedy=f"{remedy}, or unset these variables to work in one process.",
         )
 
 
@@ -65,15 +69,29 @@ def join_processes(*, cpu: bool, local_rank: int | None = None) -> PartialState:
         )
     check_launch()
     state = PartialState(cpu=cpu)
-    expected, source = _expected_processes(os.environ)
-    if expected != state.num_processes:
-        raise InputError(
-            f"{source} is {expected}, but this process sees {state.num_processes}: started {expected} times, each "
-            "would train alone, all of them into the same folder",
-            where="launch",
-            remedy=f"{REMEDY}; under Slurm, srun starts one torchrun per node. For one process alone, unset {source}.",
-        )
+    check_count(state.num_processes)
     return state
+
+
+def check_count(found: int, environment: Mapping[str, str] = os.environ, *, remedy: str = REMEDY) -> None:
+    """After processes have joined: whether they are as many as the launcher has started.
+
+    Args:
+        found: how many this process sees.
+        environment: what the launcher has set.
+        remedy: how such processes are started.
+
+    Raises:
+        InputError: they are not.
+    """
+    expected, source = _expected_processes(environment)
+    if expected != found:
+        raise InputError(
+            f"{source} is {expected}, but this process sees {found}: started {expected} times, each would work alone, "
+            "all of them into the same folder",
+            where="launch",
+            remedy=f"{remedy}; under Slurm, srun starts one torchrun per node. For one process alone, unset {source}.",
+        )
 
 
 def _expected_processes(environment: Mapping[str, str]) -> tuple[int, str]:

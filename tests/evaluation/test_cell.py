@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from symphony_vlm.data.sample import ImageRef
-from symphony_vlm.evaluation.cell import Cell, read_records, run_cell
+from symphony_vlm.evaluation.cell import Cell, run_cell
+from symphony_vlm.evaluation.records import read_records
 from symphony_vlm.evaluation.task import EvaluationItem, get_task
 
 
@@ -24,13 +25,13 @@ class Echo:
         self.encoded = 0
         self.asked: list[str] = []
 
-    def encode_images(self, images: Sequence[np.ndarray]) -> torch.Tensor:
+    def encode_images(self, images: Sequence[np.ndarray]) -> list[torch.Tensor]:
         self.encoded += len(images)
-        return torch.tensor([[[float(image.mean())]] for image in images])
+        return [torch.tensor([[float(image.mean())]]) for image in images]
 
-    def answer(self, items: Sequence[EvaluationItem], features: Sequence[torch.Tensor | None]) -> list[str]:
+    def answer(self, items: Sequence[EvaluationItem], features: Sequence[Sequence[torch.Tensor] | None]) -> list[str]:
         self.asked += [item.id for item in items]
-        return ["none" if f is None else " ".join(f"{v:.3f}" for v in f.flatten().tolist()) for f in features]
+        return ["none" if f is None else " ".join(f"{float(image):.3f}" for image in f) for f in features]
 
 
 @pytest.fixture
@@ -120,9 +121,9 @@ def test_the_clean_cell_shows_the_files_own_pixels(pictures: list[ImageRef], tmp
 
 def test_a_torn_last_line_is_cut_off_the_file_and_whole_lines_stay(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
-    path.write_text('{"item_id": "a"}\n{"item_id": "ü"}\n{"item')
+    path.write_text('{"item_id": "a", "prediction": ""}\n{"item_id": "ü", "prediction": null}\n{"item')
     assert [record["item_id"] for record in read_records(path)] == ["a", "ü"]
-    assert path.read_text().endswith('"ü"}\n')
+    assert path.read_text().endswith("null}\n")
     assert read_records(tmp_path / "missing") == []
 
 

@@ -38,6 +38,7 @@ def test_results_have_the_figures_of_the_task(mme: Path, tiny_model_folder: Path
         corruptions=("fog",),
         severities=(3,),
         max_new_tokens=3,
+        max_errors=0.2,
     )
     output = tmp_path / "out"
     summary = evaluate(plan, output, console=Console(quiet=True))

@@ -53,7 +53,7 @@ def test_a_process_beside_others_that_it_does_not_see_is_refused_and_writes_noth
     alone: pytest.MonkeyPatch, only_stage: Callable[..., Recipe], tmp_path: Path, quiet: Console, name: str
 ) -> None:
     alone.setenv(name, "3")
-    with pytest.raises(InputError, match=rf"{name} is 3, but this process sees 1: started 3 times, each would train"):
+    with pytest.raises(InputError, match=rf"{name} is 3, but this process sees 1: started 3 times, each would work"):
         train(only_stage("instruct"), tmp_path / "run", console=quiet)
     assert not (tmp_path / "run").exists()
 

@@ -9,9 +9,10 @@ from typing import Any
 from symphony_vlm.data.fields import shortened
 from symphony_vlm.evaluation.item import EvaluationItem, Scored
 from symphony_vlm.evaluation.loading import key_of, needed, unique, whole_number
+from symphony_vlm.evaluation.options import Options
 from symphony_vlm.evaluation.predictions import ID_FIELDS, read_answers_by
 from symphony_vlm.evaluation.rows import Row, read_json, read_rows
-from symphony_vlm.evaluation.rules.letters import LETTER_INSTRUCTION, options_block, strict_letter
+from symphony_vlm.evaluation.rules.letters import LETTER_INSTRUCTION, letters, options_block, strict_letter
 from symphony_vlm.evaluation.task import Task
 
 __all__ = ["TASK"]
@@ -59,8 +60,13 @@ def _item(row: Row, names: dict[int, str], image_folder: Path | None, others: fr
         image_key=key_of(images, row.text("question_id")),
         group=names.get(_type(row), f"type {_type(row)}"),
         choices=choices,
-        meta={"others": others},
+        meta={"others": others, "stem": row.text("question")},
     )
+
+
+def _options(item: EvaluationItem) -> Options:
+    """As the authors rank: the options' texts after the question alone."""
+    return Options(question=item.meta["stem"], texts=item.choices, answers=tuple(letters(len(item.choices))))
 
 
 def _score(prediction: str, item: EvaluationItem) -> Scored:
@@ -104,5 +110,6 @@ TASK = Task(
     max_new_tokens=128,
     read_predictions=_read,
     read_self_contained=_self_contained,
+    options=_options,
     counts={"image": 14233},
 )
