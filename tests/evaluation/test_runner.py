@@ -303,7 +303,7 @@ def test_an_evaluation_killed_in_the_middle_and_continued_equals_an_uninterrupte
         [*command, str(killed)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     give_up = time.monotonic() + 240
-    while len(list((killed / "predictions").glob("*"))) < 5:
+    while len(list((killed / "predictions").glob("*.jsonl"))) < 5:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < give_up
         time.sleep(0.005)
