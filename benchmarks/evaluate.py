@@ -1,0 +1,101 @@
+"""Answering a benchmark's questions: a loop over single questions, and the evaluation runner.
+
+The loop is what evaluation scripts of published models do: for each question it opens the picture, encodes it and
+generates with a KV cache, one question at a time. The runner answers the same questions through `run_cell`, files and
+scores included; it encodes each picture once for all of its questions and answers in batches of like length. Their
+answers must be equal, token for token.
+
+The model is the one of the recipe ``instruct_small`` with random weights, which seldom ends an answer: each takes all
+of its new tokens, as many in the loop as in a batch. Questions are those of generated scenes, eight a picture.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from benchmarks.measure import Case
+from symphony_vlm.config.loading import load_recipe
+from symphony_vlm.data.datasets import open_samples
+from symphony_vlm.data.scenes import generate_scenes
+from symphony_vlm.evaluation.cell import Cell, run_cell
+from symphony_vlm.evaluation.item import EvaluationItem
+from symphony_vlm.evaluation.predictor import Predictor
+from symphony_vlm.evaluation.task import get_task
+from symphony_vlm.moe.configuration import MoEConfig
+from symphony_vlm.training.parts import assemble, open_tokenizer
+
+__all__ = ["cases"]
+
+
+def cases(*, tiny: bool, device: torch.device) -> Iterator[Case]:
+    """Answers of 1 token (a letter, yes or no) and of 16.
+
+    Args:
+        tiny: sizes for a test of the benchmark.
+        device: where the model is.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        scenes = generate_scenes(folder / "scenes", train=8, test=2 if tiny else 8)
+        model = _model("tiny" if tiny else "instruct_small", scenes.train_json, folder).to(device).eval()
+        items = list(get_task("scenes").load(folder / "scenes", None, folder, 0))
+        for longest in (2,) if tiny else (1, 16):
+            yield _case(model, items, longest, folder)
+
+
+def _model(recipe_name: str, conversations: Path, folder: Path) -> Any:
+    recipe = load_recipe(recipe_name)
+    tokenizer = open_tokenizer(recipe.model, folder / "tokenizer", [open_samples(conversations)])
+    torch.manual_seed(0)
+    model = assemble(recipe.model, tokenizer, encoder=None, language=None)
+    assert recipe.model.moe is not None
+    model.upcycle_(MoEConfig.from_dict(recipe.model.moe))
+    return model
+
+
+def _case(model: Any, items: Sequence[EvaluationItem], longest: int, folder: Path) -> Case:
+    contenders = {"one by one": _one_by_one(model, items, longest)}
+    for batch_size in (8, 64):
+        contenders[f"batches of {batch_size}"] = _runner(model, items, longest, folder, batch_size)
+    pictures = len({item.image_key for item in items})
+    settings: dict[str, int | str] = {"questions": len(items), "pictures": pictures, "new tokens": longest}
+    return Case(settings=settings, contenders=contenders, items=("questions", len(items)))
+
+
+def _one_by_one(model: Any, items: Sequence[EvaluationItem], longest: int) -> Callable[[], Sequence[Tensor]]:
+    def run() -> Sequence[Tensor]:
+        answers = []
+        for item in items:
+            assert item.images[0].path is not None
+            with Image.open(item.images[0].path) as image:
+                answers.append(model.chat(item.question, images=image.convert("RGB"), max_new_tokens=longest))
+        return _as_numbers(answers)
+
+    return run
+
+
+def _runner(
+    model: Any, items: Sequence[EvaluationItem], longest: int, folder: Path, batch_size: int
+) -> Callable[[], Sequence[Tensor]]:
+    cell = Cell(task=get_task("scenes"), corruption="none", severity=0, seed=0)
+    predictor = Predictor(model, batch_size=batch_size, max_new_tokens=longest)
+    path = folder / "predictions" / cell.file_name
+
+    def run() -> Sequence[Tensor]:
+        path.unlink(missing_ok=True)
+        records = run_cell(cell, items, predictor, path, lambda done: None, batch_size=batch_size)
+        return _as_numbers([record["prediction"] for record in records])
+
+    return run
+
+
+def _as_numbers(answers: Sequence[str]) -> tuple[Tensor]:
+    """The answers' bytes, which must be equal."""
+    return (torch.tensor(list("\n".join(answers).encode()), dtype=torch.float64),)
