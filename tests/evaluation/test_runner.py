@@ -439,6 +439,27 @@ def test_an_unreadable_picture_becomes_an_error_record_that_is_no_score_and_chan
     assert row["value"] == pytest.approx(np.mean(good))
 
 
+def test_too_many_errors_leave_no_score_and_say_why(damaged: Path, run: Run, tmp_path: Path) -> None:
+    summary = run(tmp_path / "out", data=damaged, limit=None, corruptions=())
+    assert summary.headline == {"scenes/none/0": None}
+    for row in _results(tmp_path / "out"):
+        assert (row["value"], row["ci_low"]) == (None, None)
+        assert row["no_score"] == "16 of 80 items failed, more than max_errors (0.01) allows"
+
+
+def test_the_documented_options_of_the_command(
+    plan: EvaluationPlan, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--model", plan.model, "--task", "scenes", "--data", str(plan.data), "--output", str(tmp_path / "out")]
+    arguments += ["--check-batch", "32", "--scoring", "likelihood", "--max-new-tokens", "2", "--limit", "16"]
+    code, _, lines = _command(*arguments, capsys=capsys)
+    assert code == 0
+    said = "scenes: of 16 questions asked alone and in batches of 64, 0 have another answer and 0 another score"
+    assert said in lines
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert (manifest["scoring"], manifest["batch_invariant"]) == ("likelihood", True)
+
+
 def test_when_every_picture_is_unreadable_there_is_no_score_rather_than_zero(
     scenes: Path, run: Run, tmp_path: Path
 ) -> None:
@@ -459,6 +480,7 @@ def test_when_every_picture_is_unreadable_there_is_no_score_rather_than_zero(
         (["--task", "scnes"], "error: --task: no task 'scnes'; did you mean 'scenes'?"),
         (["--task", "scenes", "--corruption", "fgo"], "error: unknown corruption 'fgo'; did you mean 'fog'?"),
         (["--task", "scenes", "--severity", "6"], "error: --severity: '6' must be numbers from 1 to 5"),
+        (["--task", "scenes", "--scoring", "guess"], "error: --scoring: 'guess' is none of generate, likelihood"),
         (["--task", "short_answer"], "error: --data: this task needs a data file"),
         ([], "error: eval: neither a task nor data was given"),
         (["--data", "no_such.json"], "error: no_such.json: does not exist"),
