@@ -24,7 +24,8 @@ from benchmarks.measure import Case
 from symphony_vlm.config.loading import load_recipe
 from symphony_vlm.data.datasets import open_samples
 from symphony_vlm.data.scenes import generate_scenes
-from symphony_vlm.evaluation.cell import Cell, run_cell
+from symphony_vlm.evaluation.cell import run_cell
+from symphony_vlm.evaluation.cells import Cell
 from symphony_vlm.evaluation.item import EvaluationItem
 from symphony_vlm.evaluation.predictor import Predictor
 from symphony_vlm.evaluation.task import get_task

@@ -14,6 +14,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 MAX_LINES = 420
 
 FORBIDDEN = {
+    "corruptions": {
+        *("model", "moe", "data", "training", "evaluation", "serving", "config", "cli", "integrations", "quickstart")
+    },
     "moe": {"model", "data", "training", "evaluation", "serving", "config", "cli", "integrations", "quickstart"},
     "model": {"training", "evaluation", "serving", "config", "cli", "integrations", "quickstart"},
     "data": {"model", "moe", "training", "evaluation", "serving", "config", "cli", "integrations", "quickstart"},

@@ -53,7 +53,7 @@ def evaluate(
 
     Example: symphony-vlm eval --model runs/quickstart/smoe/model --task scenes --corruption fog --output out
     """
-    from symphony_vlm.evaluation.corruptions import parse_corruptions
+    from symphony_vlm.corruptions import parse_corruptions
 
     tasks = names(task) if task else (["short_answer"] if data else [])
     if not tasks:
@@ -149,10 +149,10 @@ def corrupt(
     import numpy as np
     from PIL import Image
 
+    from symphony_vlm.corruptions import corrupt as apply
+    from symphony_vlm.corruptions import corruption_rng, image_key
     from symphony_vlm.data.images import image_bytes, load_image
     from symphony_vlm.data.sample import ImageRef
-    from symphony_vlm.evaluation.corruptions import corrupt as apply
-    from symphony_vlm.evaluation.corruptions import corruption_rng, image_key
 
     ref = ImageRef(path=image, name=str(image))
     pixels = np.asarray(load_image(ref))

@@ -97,7 +97,7 @@ def _check_names(recipe: Recipe) -> None:
 
         MoEConfig.from_dict(recipe.model.moe)
     if recipe.evaluation.corruptions:
-        from symphony_vlm.evaluation.corruptions import parse_corruptions
+        from symphony_vlm.corruptions import parse_corruptions
 
         parse_corruptions(",".join(recipe.evaluation.corruptions))
 

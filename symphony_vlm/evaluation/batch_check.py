@@ -6,7 +6,8 @@ import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from symphony_vlm.evaluation.cell import Cell, answer_items
+from symphony_vlm.evaluation.cell import answer_items
+from symphony_vlm.evaluation.cells import Cell
 from symphony_vlm.evaluation.item import EvaluationItem
 from symphony_vlm.evaluation.predictor import AnswersItems
 

@@ -11,43 +11,21 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
-from symphony_vlm.data.images import image_bytes, load_image
 from symphony_vlm.evaluation.answer import Answer
 from symphony_vlm.evaluation.attempts import Failure, attempt
-from symphony_vlm.evaluation.corruptions import corrupt, corruption_rng, image_key
+from symphony_vlm.evaluation.cells import Cell
+from symphony_vlm.evaluation.pictures import Picture, open_picture
 from symphony_vlm.evaluation.predictor import AnswersItems
 from symphony_vlm.evaluation.processes import ALONE, Processes
 from symphony_vlm.evaluation.records import Record, RecordWriter, merge_records, part_path, read_records
-from symphony_vlm.evaluation.task import EvaluationItem, Task
+from symphony_vlm.evaluation.task import EvaluationItem
 
-__all__ = ["Cell", "answer_items", "run_cell"]
+__all__ = ["answer_items", "run_cell"]
 
 IMAGES_AT_ONCE = 64
 """Pictures whose features are held in memory together."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cell:
-    """Which task, corruption and severity; severity 0 is clean."""
-
-    task: Task
-    corruption: str
-    severity: int
-    seed: int
-
-    @property
-    def file_name(self) -> str:
-        """Name of the cell's predictions file."""
-        return f"{self.task.name}.{self.corruption}.{self.severity}.jsonl"
-
-
-@dataclass(frozen=True)
-class _Picture:
-    sha256: str
-    pixels: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -55,7 +33,7 @@ class _Asked:
     """An item with its pictures, and what the model made of them, or why it could not."""
 
     item: EvaluationItem
-    pictures: tuple[_Picture, ...] = ()
+    pictures: tuple[Picture, ...] = ()
     features: Sequence[Any] | None = None
     failure: Failure | None = None
 
@@ -149,11 +127,11 @@ class _Batches:
 
     def _encode(self, items: Sequence[EvaluationItem]) -> list[_Asked]:
         """Opens the pictures of all items and encodes them together, each once."""
-        opened: dict[str, tuple[_Picture, ...] | Failure] = {}
+        opened: dict[str, tuple[Picture, ...] | Failure] = {}
         for item in items:
             if item.image_key not in opened:
                 try:
-                    opened[item.image_key] = tuple(_picture(ref, self._cell) for ref in item.images)
+                    opened[item.image_key] = tuple(open_picture(ref, self._cell) for ref in item.images)
                 except Exception as error:
                     opened[item.image_key] = Failure.of(error)
         good = {key: pictures for key, pictures in opened.items() if not isinstance(pictures, Failure)}
@@ -162,7 +140,7 @@ class _Batches:
         features = {key: [next(encoded) for _ in pictures] for key, pictures in good.items()}
         return [self._asked(item, opened[item.image_key], features.get(item.image_key, [])) for item in items]
 
-    def _asked(self, item: EvaluationItem, pictures: tuple[_Picture, ...] | Failure, features: Sequence[Any]) -> _Asked:
+    def _asked(self, item: EvaluationItem, pictures: tuple[Picture, ...] | Failure, features: Sequence[Any]) -> _Asked:
         if isinstance(pictures, Failure):
             return _Asked(item, failure=pictures)
         failure = next((image for image in features if isinstance(image, Failure)), None)
@@ -181,16 +159,7 @@ class _Batches:
         return _record(self._cell, asked.item, answer, asked.pictures) | when_and_where
 
 
-def _picture(ref: Any, cell: Cell) -> _Picture:
-    key = image_key(image_bytes(ref))
-    pixels = np.asarray(load_image(ref))
-    if cell.severity:
-        rng = corruption_rng(key, cell.corruption, cell.severity, cell.seed)
-        pixels = corrupt(pixels, cell.corruption, cell.severity, rng)
-    return _Picture(key, pixels)
-
-
-def _record(cell: Cell, item: EvaluationItem, answer: str | Failure | None, pictures: Sequence[_Picture]) -> Record:
+def _record(cell: Cell, item: EvaluationItem, answer: str | Failure | None, pictures: Sequence[Picture]) -> Record:
     failure, prediction = (answer, None) if isinstance(answer, Failure) else (None, answer)
     scored = cell.task.score(prediction, item) if prediction is not None else None
     facts = {"prompt_sha256": None, "n_prompt_tokens": None, "n_new_tokens": None, "stop_reason": None}
@@ -205,7 +174,8 @@ def _record(cell: Cell, item: EvaluationItem, answer: str | Failure | None, pict
         "corruption": cell.corruption,
         "severity": cell.severity,
         "seed": cell.seed,
-        "corrupt_at": "native",
+        "corrupt_at": cell.corrupt_at,
+        "attack": cell.attack,
         "group": item.group,
         "question": item.question,
         "prediction": None if prediction is None else str(prediction),

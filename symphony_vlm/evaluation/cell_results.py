@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from symphony_vlm.evaluation.cell import Cell
+from symphony_vlm.evaluation.cells import Cell
 from symphony_vlm.evaluation.item import EvaluationItem, Outcome, Scored
 from symphony_vlm.evaluation.metrics import Metric, metric_intervals
 from symphony_vlm.evaluation.plan import EvaluationPlan

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from symphony_vlm.evaluation.corruptions.catalogue import COMMON
+from symphony_vlm.corruptions.catalogue import COMMON
 from symphony_vlm.evaluation.quantities import Quantity, difference, log_ratio, mean, ratio, weighted_sum
 from symphony_vlm.evaluation.robustness import (
     CLEAN,

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from symphony_vlm.evaluation.corruptions.catalogue import COMMON, CORRUPTIONS
+from symphony_vlm.corruptions.catalogue import COMMON, CORRUPTIONS
 from symphony_vlm.evaluation.quantities import Quantity, difference, mean, ratio, weighted_sum
 from symphony_vlm.evaluation.statistics import Floats, holm, mcnemar, resampled_means, sign_flip_tests
 

@@ -18,11 +18,12 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from symphony_vlm.corruptions import canary, find_frost_textures
 from symphony_vlm.evaluation.baselines import constant_baselines
 from symphony_vlm.evaluation.batch_check import check_batches
-from symphony_vlm.evaluation.cell import Cell, run_cell
+from symphony_vlm.evaluation.cell import run_cell
 from symphony_vlm.evaluation.cell_results import cell_results
-from symphony_vlm.evaluation.corruptions import canary, find_frost_textures
+from symphony_vlm.evaluation.cells import Cell
 from symphony_vlm.evaluation.opening import OpenedModel, open_model
 from symphony_vlm.evaluation.plan import EvaluationPlan, check_manifest, record_batch_check
 from symphony_vlm.evaluation.predictor import AnswersItems

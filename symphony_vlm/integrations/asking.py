@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from symphony_vlm.corruptions import image_key
 from symphony_vlm.data.conversation import IGNORE_INDEX
 from symphony_vlm.data.sample import Message, TextPart
 from symphony_vlm.errors import InputError
-from symphony_vlm.evaluation.corruptions import image_key
 from symphony_vlm.integrations.prompts import Prompt
 from symphony_vlm.model.merge import position_ids_from_mask
 from symphony_vlm.model.vlm import SymphonyVLMForConditionalGeneration

@@ -20,14 +20,14 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from symphony_vlm.errors import InputError
-from symphony_vlm.evaluation.corruptions import (
+from symphony_vlm.corruptions import (
     corrupt,
     corruption_rng,
     find_frost_textures,
     image_key,
     parse_corruptions,
 )
+from symphony_vlm.errors import InputError
 from symphony_vlm.integrations.asking import generate_texts, log_likelihoods
 from symphony_vlm.integrations.prompts import Prompt, prompt_of_messages, prompt_of_text
 from symphony_vlm.model.loading import load

@@ -12,7 +12,6 @@ import logging
 import os
 import signal
 import socket
-import tempfile
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
@@ -23,7 +22,13 @@ import typer
 from symphony_vlm.errors import InputError
 from symphony_vlm.serving.examples import Example, draw_examples
 from symphony_vlm.serving.page_style import header, page_title, router_text, stylesheet, theme
-from symphony_vlm.serving.uploads import MAX_UPLOAD_BYTES, MAX_UPLOAD_PIXELS, for_visitors, read_uploads
+from symphony_vlm.serving.uploads import (
+    MAX_UPLOAD_BYTES,
+    MAX_UPLOAD_PIXELS,
+    for_visitors,
+    private_upload_folder,
+    read_uploads,
+)
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -120,7 +125,7 @@ def build_app(model_name: str) -> gr.Blocks:
     from symphony_vlm.model.loading import load
 
     model = load(model_name)
-    uploads = _private_upload_folder()
+    uploads = private_upload_folder()
     gr = _import_gradio()
     title = page_title(model_name)
     with gr.Blocks(
@@ -203,8 +208,13 @@ class _Page:
         at_once: dict[str, Any] = {"concurrency_id": "at_once", "concurrency_limit": None, "show_progress": "hidden"}
         self._box.stop(self.stop, [self._visitor], None, api_visibility="private", **at_once)
         at_once["cancels"] = [asked, picked]
-        self._new.click(self.start_over, [self._visitor], outputs, api_name="new_chat", **at_once)
-        self._chat.clear(self.start_over, [self._visitor], outputs, api_visibility="private", **at_once)
+        new = self._new.click(self.start_over, [self._visitor], outputs, api_name="new_chat", **at_once)
+        cleared = self._chat.clear(self.start_over, [self._visitor], outputs, api_visibility="private", **at_once)
+        del at_once["cancels"]
+        for event in (new, cleared):
+            # The browser reads every event's updates in a loop of its own: what the ended answer wrote last may be
+            # drawn after the page was cleared.
+            event.then(self.current, [self._visitor], outputs, api_visibility="private", **at_once)
 
     def ask(
         self, message: dict[str, Any] | None, max_new_tokens: int, temperature: float, visitor: _Visitor
@@ -233,6 +243,12 @@ class _Page:
         visitor.idle.wait(timeout=_PATIENCE_SECONDS)
         visitor.session, visitor.shown = None, []
         return [], self._open_box(value=None)
+
+    def current(self, visitor: _Visitor) -> Update:
+        """The conversation as it is now, and an open box unless an answer is being written."""
+        if not visitor.idle.is_set():
+            return self._gr.skip(), self._gr.skip()
+        return visitor.shown, self._open_box()
 
     def _turn(
         self, text: str, files: Sequence[Path], max_new_tokens: int, temperature: float, visitor: _Visitor
@@ -344,21 +360,6 @@ def _show_fault(shown: list[Shown], text: str) -> None:
 def _first_line(text: str) -> str:
     line = text.strip().split("\n")[0]
     return line if len(line) <= 200 else f"{line[:199]}…"
-
-
-def _private_upload_folder() -> Path:
-    """Where gradio keeps uploads: a folder of this process alone, deleted at its end.
-
-    gradio's default is one folder for all processes and users of the machine.
-    """
-    global _upload_folder
-    if _upload_folder is None and "GRADIO_TEMP_DIR" not in os.environ:
-        _upload_folder = tempfile.TemporaryDirectory(prefix="symphony_vlm-")
-        os.environ["GRADIO_TEMP_DIR"] = _upload_folder.name
-    return Path(os.environ["GRADIO_TEMP_DIR"]).resolve()
-
-
-_upload_folder: tempfile.TemporaryDirectory[str] | None = None
 
 
 def _import_gradio() -> Any:

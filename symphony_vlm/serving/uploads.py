@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from symphony_vlm.data.images import load_image
 from symphony_vlm.data.sample import ImageRef
 from symphony_vlm.errors import InputError
 
-__all__ = ["MAX_UPLOAD_BYTES", "MAX_UPLOAD_PIXELS", "for_visitors", "read_uploads"]
+__all__ = ["MAX_UPLOAD_BYTES", "MAX_UPLOAD_PIXELS", "for_visitors", "private_upload_folder", "read_uploads"]
 
 MAX_UPLOAD_BYTES = 10 * 2**20
 MAX_UPLOAD_PIXELS = 50_000_000
@@ -50,3 +52,18 @@ def for_visitors(error: InputError) -> str:
     text = text.rstrip(".")
     remedy = error.remedy if error.where == "chat" else "Choose another picture." if "image" in text else None
     return f"{text[:1].upper()}{text[1:]}. {remedy or ''}".strip()
+
+
+def private_upload_folder() -> Path:
+    """Where gradio keeps uploads: a folder of this process alone, deleted at its end.
+
+    gradio's default is one folder for all processes and users of the machine.
+    """
+    global _upload_folder
+    if _upload_folder is None and "GRADIO_TEMP_DIR" not in os.environ:
+        _upload_folder = tempfile.TemporaryDirectory(prefix="symphony_vlm-")
+        os.environ["GRADIO_TEMP_DIR"] = _upload_folder.name
+    return Path(os.environ["GRADIO_TEMP_DIR"]).resolve()
+
+
+_upload_folder: tempfile.TemporaryDirectory[str] | None = None

@@ -13,7 +13,8 @@ from PIL import Image
 
 from symphony_vlm.data.sample import ImageRef
 from symphony_vlm.evaluation.attempts import Failure, attempt
-from symphony_vlm.evaluation.cell import Cell, run_cell
+from symphony_vlm.evaluation.cell import run_cell
+from symphony_vlm.evaluation.cells import Cell
 from symphony_vlm.evaluation.item import EvaluationItem
 from symphony_vlm.evaluation.task import get_task
 

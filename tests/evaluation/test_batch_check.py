@@ -12,7 +12,7 @@ from rich.console import Console
 
 from symphony_vlm.data.scenes import generate_scenes
 from symphony_vlm.evaluation.batch_check import check_batches
-from symphony_vlm.evaluation.cell import Cell
+from symphony_vlm.evaluation.cells import Cell
 from symphony_vlm.evaluation.item import EvaluationItem
 from symphony_vlm.evaluation.predictor import Predictor
 from symphony_vlm.evaluation.report import write_report

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from symphony_vlm.data.sample import ImageRef
-from symphony_vlm.evaluation.cell import Cell, run_cell
+from symphony_vlm.evaluation.cell import run_cell
+from symphony_vlm.evaluation.cells import Cell
 from symphony_vlm.evaluation.records import read_records
 from symphony_vlm.evaluation.task import EvaluationItem, get_task
 

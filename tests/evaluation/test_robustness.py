@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from symphony_vlm.corruptions.catalogue import COMMON
 from symphony_vlm.evaluation.comparison import compare_models, mean_corruption_error, robustness_summary
-from symphony_vlm.evaluation.corruptions.catalogue import COMMON
 from symphony_vlm.evaluation.quantities import Quantity, log_ratio, ratio, weighted_sum
 from symphony_vlm.evaluation.robustness import (
     CLEAN,

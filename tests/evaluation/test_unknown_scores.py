@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 from symphony_vlm.cli import app
 from symphony_vlm.evaluation.baselines import constant_baselines
-from symphony_vlm.evaluation.cell import Cell, run_cell
+from symphony_vlm.evaluation.cell import run_cell
+from symphony_vlm.evaluation.cells import Cell
 from symphony_vlm.evaluation.runner import EvaluationPlan, evaluate
 from symphony_vlm.evaluation.scoring import score_files
 from symphony_vlm.evaluation.task import get_task

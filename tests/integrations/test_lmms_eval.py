@@ -19,10 +19,10 @@ from PIL import Image
 from rich.console import Console
 
 import symphony_vlm as sv
+from symphony_vlm.corruptions import corrupt, corruption_rng, image_key
 from symphony_vlm.data.sample import ImagePart, Message, TextPart
 from symphony_vlm.data.scenes import generate_scenes
 from symphony_vlm.errors import InputError
-from symphony_vlm.evaluation.corruptions import corrupt, corruption_rng, image_key
 from symphony_vlm.evaluation.records import read_records
 from symphony_vlm.evaluation.runner import EvaluationPlan, evaluate
 from symphony_vlm.integrations import lmms_eval as adapter

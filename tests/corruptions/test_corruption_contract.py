@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from symphony_vlm.corruptions import ALL, CORRUPTIONS, corrupt, corruption_rng, image_key
 from symphony_vlm.errors import InputError
-from symphony_vlm.evaluation.corruptions import ALL, CORRUPTIONS, corrupt, corruption_rng, image_key
 
 DETERMINISTIC = {
     "defocus_blur",
@@ -137,7 +137,7 @@ def test_global_random_state_is_neither_read_nor_written(pattern: NDArray[np.uin
 _DIGEST_SCRIPT = """
 import hashlib, sys
 import cv2, numpy as np
-from symphony_vlm.evaluation.corruptions import corrupt, corruption_rng, image_key
+from symphony_vlm.corruptions import corrupt, corruption_rng, image_key
 cv2.setNumThreads(int(sys.argv[1]))
 image = np.random.default_rng(7).integers(0, 256, (96, 128, 3)).astype(np.uint8)
 digest = hashlib.sha256()

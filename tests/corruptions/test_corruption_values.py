@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from symphony_vlm.evaluation.corruptions import corrupt, corruption_rng, image_key
+from symphony_vlm.corruptions import corrupt, corruption_rng, image_key
 
 DETERMINISTIC = {
     "defocus_blur": "7.27 10.03 16.26 21.95 29.78",

@@ -11,9 +11,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from symphony_vlm.corruptions import blur, digital, noise, weather
+from symphony_vlm.corruptions.randomness import require_rgb8
 from symphony_vlm.errors import InputError
-from symphony_vlm.evaluation.corruptions import blur, digital, noise, weather
-from symphony_vlm.evaluation.corruptions.randomness import require_rgb8
 
 __all__ = ["ALL", "COMMON", "CORRUPTIONS", "EXTRA", "Corruption", "corrupt", "parse_corruptions"]
 

@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from symphony_vlm.errors import InputError
-from symphony_vlm.evaluation.corruptions import (
+from symphony_vlm.corruptions import (
     ALL,
     COMMON,
     CORRUPTIONS,
@@ -17,7 +16,8 @@ from symphony_vlm.evaluation.corruptions import (
     find_frost_textures,
     parse_corruptions,
 )
-from symphony_vlm.evaluation.corruptions.frost_textures import FROST_DIR_VARIABLE, covering_texture
+from symphony_vlm.corruptions.frost_textures import FROST_DIR_VARIABLE, covering_texture
+from symphony_vlm.errors import InputError
 
 
 def test_groups() -> None:

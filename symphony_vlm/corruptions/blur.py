@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from symphony_vlm.evaluation.corruptions.operators import (
+from symphony_vlm.corruptions.operators import (
     UInt8Image,
     gaussian,
     motion,

@@ -17,8 +17,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from symphony_vlm.corruptions.operators import UInt8Image
 from symphony_vlm.errors import InputError
-from symphony_vlm.evaluation.corruptions.operators import UInt8Image
 
 __all__ = ["FROST_DIR_VARIABLE", "covering_texture", "find_frost_textures"]
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from symphony_vlm.evaluation.corruptions import corrupt
-from symphony_vlm.evaluation.corruptions.blur import displacement_sources
+from symphony_vlm.corruptions import corrupt
+from symphony_vlm.corruptions.blur import displacement_sources
 
 RNG = np.random.default_rng
 GREY = np.full((256, 256, 3), 128, np.uint8)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from symphony_vlm.evaluation.corruptions.frost_textures import FROST_DIR_VARIABLE
+from symphony_vlm.corruptions.frost_textures import FROST_DIR_VARIABLE
 
 _PATTERN_SHA256 = "332061f263467c24c254ff9f68340871e171774801eb174fb0feda3cb638cf09"
 

@@ -8,8 +8,8 @@ import re
 import numpy as np
 import pytest
 
+from symphony_vlm.corruptions import canary, corrupt, corruption_rng, image_key
 from symphony_vlm.errors import InputError
-from symphony_vlm.evaluation.corruptions import canary, corrupt, corruption_rng, image_key
 
 
 def test_published_vector() -> None:

@@ -10,9 +10,9 @@ from typing import Literal, NamedTuple
 import cv2
 import numpy as np
 
-from symphony_vlm.evaluation.corruptions.colour import hsv_to_rgb, rgb_to_hsv
-from symphony_vlm.evaluation.corruptions.frost_textures import covering_texture
-from symphony_vlm.evaluation.corruptions.operators import (
+from symphony_vlm.corruptions.colour import hsv_to_rgb, rgb_to_hsv
+from symphony_vlm.corruptions.frost_textures import covering_texture
+from symphony_vlm.corruptions.operators import (
     RealArray,
     UInt8Image,
     gaussian,

@@ -1,6 +1,6 @@
 """The corruptions of ImageNet-C for images of any size, with a generator keyed by image, name, severity and seed."""
 
-from symphony_vlm.evaluation.corruptions.catalogue import (
+from symphony_vlm.corruptions.catalogue import (
     ALL,
     COMMON,
     CORRUPTIONS,
@@ -9,8 +9,8 @@ from symphony_vlm.evaluation.corruptions.catalogue import (
     corrupt,
     parse_corruptions,
 )
-from symphony_vlm.evaluation.corruptions.frost_textures import find_frost_textures
-from symphony_vlm.evaluation.corruptions.randomness import canary, corruption_rng, image_key
+from symphony_vlm.corruptions.frost_textures import find_frost_textures
+from symphony_vlm.corruptions.randomness import canary, corruption_rng, image_key
 
 __all__ = [
     "ALL",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from symphony_vlm.evaluation.corruptions.operators import UInt8Image, truncate_unit, unit
+from symphony_vlm.corruptions.operators import UInt8Image, truncate_unit, unit
 
 __all__ = ["gaussian_noise", "impulse_noise", "shot_noise", "speckle_noise"]
 

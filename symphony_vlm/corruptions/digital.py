@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from symphony_vlm.evaluation.corruptions.colour import hsv_to_rgb, rgb_to_hsv
-from symphony_vlm.evaluation.corruptions.operators import (
+from symphony_vlm.corruptions.colour import hsv_to_rgb, rgb_to_hsv
+from symphony_vlm.corruptions.operators import (
     RealArray,
     UInt8Image,
     gaussian_mirrored,

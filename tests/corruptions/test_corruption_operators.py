@@ -11,9 +11,9 @@ import pytest
 import scipy.ndimage
 from numpy.typing import NDArray
 
-from symphony_vlm.evaluation.corruptions import blur, digital
-from symphony_vlm.evaluation.corruptions.colour import hsv_to_rgb, rgb_to_hsv
-from symphony_vlm.evaluation.corruptions.operators import (
+from symphony_vlm.corruptions import blur, digital
+from symphony_vlm.corruptions.colour import hsv_to_rgb, rgb_to_hsv
+from symphony_vlm.corruptions.operators import (
     gaussian_mirrored,
     motion,
     plasma,

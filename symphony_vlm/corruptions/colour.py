@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from symphony_vlm.evaluation.corruptions.operators import RealArray
+from symphony_vlm.corruptions.operators import RealArray
 
 __all__ = ["hsv_to_rgb", "rgb_to_hsv"]
 

@@ -1,0 +1,28 @@
+"""Which part of an evaluation: a task under one corruption and one attack."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from symphony_vlm.evaluation.task import Task
+
+__all__ = ["Cell"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """Which task, corruption and severity; severity 0 is clean."""
+
+    task: Task
+    corruption: str
+    severity: int
+    seed: int
+    corrupt_at: str = "native"
+    """Where the corruption is applied."""
+    attack: str = "none"
+    """Name and budget of the attack."""
+
+    @property
+    def file_name(self) -> str:
+        """Name of the cell's predictions file."""
+        return f"{self.task.name}.{self.corruption}.{self.severity}.jsonl"
