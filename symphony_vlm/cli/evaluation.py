@@ -12,15 +12,18 @@ from symphony_vlm.cli.application import Json, app, console, finish, names
 from symphony_vlm.errors import InputError
 
 if TYPE_CHECKING:
-    from symphony_vlm.evaluation.plan import Scoring
+    from symphony_vlm.evaluation.plan import EvaluationPlan, Scoring
 
 __all__: list[str] = []
 
 
 @app.command("eval")
 def evaluate(
-    model: Annotated[str, typer.Option(help="Folder of a model or of a finished run, or a hub name.")],
-    output: Annotated[Path, typer.Option(help="Folder for results and predictions.")],
+    model: Annotated[
+        list[str],
+        typer.Option(help="Folder of a model or of a finished run, or a hub name; repeat it to share the pictures."),
+    ],
+    output: Annotated[Path, typer.Option(help="Folder for results and predictions; of several models, for theirs.")],
     task: Annotated[
         str | None,
         typer.Option(help="Names of tasks or Python files that define TASK; default short_answer if --data is given."),
@@ -49,7 +52,7 @@ def evaluate(
     ] = 0,
     json_: Json = False,
 ) -> None:
-    """Evaluate a model, clean and on corrupted pictures; run the same command again to continue.
+    """Evaluate models, clean and on corrupted pictures; run the same command again to continue.
 
     Example: symphony-vlm eval --model runs/quickstart/smoe/model --task scenes --corruption fog --output out
     """
@@ -65,7 +68,7 @@ def evaluate(
     from symphony_vlm.evaluation.runner import evaluate as run
 
     plan = EvaluationPlan(
-        model=model,
+        model=model[0],
         tasks=tuple(tasks),
         data=data,
         image_folder=image_folder,
@@ -79,6 +82,9 @@ def evaluate(
         max_errors=max_errors,
         check_batch=check_batch,
     )
+    if len(model) > 1:
+        _evaluate_several(plan, model, output, json_)
+        return
     summary = run(plan, output, console=console())
     if not summary.first_process:
         raise typer.Exit(3 if summary.num_errors else 0)
@@ -159,6 +165,27 @@ def corrupt(
     rng = corruption_rng(image_key(image_bytes(ref)), corruption, severity, seed)
     Image.fromarray(apply(pixels, corruption, severity, rng)).save(output, format="PNG")
     finish({"output": str(output)}, json_, str(output))
+
+
+def _evaluate_several(plan: EvaluationPlan, models: list[str], output: Path, json_: bool) -> None:
+    from symphony_vlm.evaluation.report import write_report
+    from symphony_vlm.evaluation.sweep import evaluate_models
+
+    summary = evaluate_models(plan, models, output, console=console())
+    if summary.summaries[0].first_process:
+        report = write_report(summary.folders, output)
+        lines = [
+            f"{label}: {cell}: {'no score' if value is None else f'{value:.4f}'}"
+            for label, figures in summary.headline.items()
+            for cell, value in figures.items()
+        ]
+        results = output / "results.json"
+        finish(summary.to_dict(results), json_, "\n".join([*lines, f"results: {results}", f"report: {report}"]))
+        if summary.num_errors:
+            kinds = ", ".join(f"{count} {name}" for name, count in sorted(summary.errors.items()))
+            console().print(f"{summary.num_errors} items failed ({kinds}); their records name the reason")
+    if summary.num_errors:
+        raise typer.Exit(3)
 
 
 def _severities(text: str) -> tuple[int, ...]:
