@@ -102,9 +102,8 @@ def share_encoders(
         console.print(f"{', '.join(together)}: one vision tower, whose features they share")
     for label, name, reason in zip(labels, names, reasons, strict=True):
         if name not in encoders:
-            console.print(
-                f"{label}: shares the pictures and encodes them itself ({reason or 'no other has its tower'})"
-            )
+            why = reason or "no other has its vision tower, settings and image processor"
+            console.print(f"{label}: shares the pictures and encodes them itself ({why})")
     return [None if name is None else encoders.get(name) for name in names]
 
 
