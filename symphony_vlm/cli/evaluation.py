@@ -37,6 +37,12 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option(help="About so many questions per cell, of whole pictures.", min=1)
     ] = None,
+    budget: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(
+            help="Minutes for everything; chooses --limit by a short measurement.", metavar="MINUTES", min=0.0
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the subset and the corruptions.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Questions answered together.", min=1)] = 64,
     max_new_tokens: Annotated[Optional[int], typer.Option(help="Longest answer; default: the task's.", min=1)] = None,  # noqa: UP045
@@ -61,6 +67,8 @@ def evaluate(
     tasks = names(task) if task else (["short_answer"] if data else [])
     if not tasks:
         raise InputError("neither a task nor data was given", where="eval", remedy="Add --task scenes or --data FILE.")
+    if budget is not None and limit is not None:
+        raise InputError("the budget chooses the limit", where="--limit", remedy="Leave out --limit or --budget.")
     corruptions = parse_corruptions(corruption)
     severities = _severities(severity)
     from symphony_vlm.evaluation.report import write_report
@@ -75,6 +83,7 @@ def evaluate(
         corruptions=tuple(corruptions),
         severities=severities,
         limit=limit,
+        budget_minutes=budget,
         seed=seed,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,

@@ -133,11 +133,16 @@ def _own_path(path: Path, processes: Processes) -> Path:
 
 
 def answer_items(
-    cell: Cell, items: Sequence[EvaluationItem], predictor: AnswersItems, *, batch_size: int
+    cell: Cell,
+    items: Sequence[EvaluationItem],
+    predictor: AnswersItems,
+    *,
+    batch_size: int,
+    opened: OpenedPictures | None = None,
 ) -> dict[str, Record]:
-    """Records by item id, written nowhere; arguments as of `run_cell`."""
+    """Records by item id, written nowhere; arguments as of `run_cell`, and pictures that have been opened before."""
     batches = _Batches(cell, predictor, batch_size, rank=0)
-    found = batches.records(items, OpenedPictures(cell))
+    found = batches.records(items, opened or OpenedPictures(cell))
     return {record["item_id"]: record for records in found for record in records}
 
 

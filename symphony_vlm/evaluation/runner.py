@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from rich.console import Console
 from symphony_vlm.corruptions import canary, find_frost_textures
 from symphony_vlm.evaluation.baselines import constant_baselines
 from symphony_vlm.evaluation.batch_check import check_batches
+from symphony_vlm.evaluation.budget import half_widths, recorded_budget, settle_limit
 from symphony_vlm.evaluation.cell import Respondent, run_cell_together
 from symphony_vlm.evaluation.cell_results import cell_results
 from symphony_vlm.evaluation.cells import Cell
@@ -119,6 +121,7 @@ def evaluate_together(
     tasks = [get_task(name) for name in plan.tasks]
     if "frost" in plan.corruptions:
         find_frost_textures()
+    recorded = recorded_budget(outputs) if plan.budget_minutes is not None else None
     start = time.monotonic()
     # The cheap checks first: loading a large model takes minutes.
     for one in plans:
@@ -129,6 +132,8 @@ def evaluate_together(
             task.name: list(task.load(plan.data, plan.image_folder, scratch / "data", plan.seed)) for task in tasks
         }
     evaluations = _open(plans, outputs, processes, console)
+    if plan.budget_minutes is not None:
+        _settle_limit(evaluations, recorded, cells, items, start, processes, console)
     with processes.first_before_others():
         if processes.first:
             for evaluation in evaluations:
@@ -136,6 +141,11 @@ def evaluate_together(
             for evaluation in evaluations:
                 for cell in cells:  # what an earlier start has left, of however many processes
                     merge_records(evaluation.output / "predictions" / cell.file_name)
+    if plan.budget_minutes is not None and not processes.first:
+        # What the first process has chosen.
+        for evaluation in evaluations:
+            limit = json.loads((evaluation.output / "manifest.json").read_text())["limit"]
+            evaluation.plan = dataclasses.replace(evaluation.plan, limit=limit)
     _run_cells(evaluations, cells, items, processes, console)
     if processes.first:
         for evaluation in evaluations:
@@ -157,6 +167,40 @@ def _open(
     ]
 
 
+def _settle_limit(
+    evaluations: Sequence[_Evaluation],
+    recorded: Mapping[str, Any] | None,
+    cells: Sequence[Cell],
+    items: Items,
+    started: float,
+    processes: Processes,
+    console: Console,
+) -> None:
+    """Gives all plans the limit of their budget."""
+    settled = settle_limit(
+        evaluations[0].plan,
+        recorded,
+        cells,
+        items,
+        lambda cell: [
+            _predictor(one.model, cell.task, one.plan, one.plan.batch_size, one.encoder) for one in evaluations
+        ],
+        started=started,
+        n_models=len(evaluations),
+        processes=processes,
+        after_chunk=partial(_forget, evaluations),
+        console=console,
+    )
+    for one in evaluations:
+        one.plan = dataclasses.replace(settled, model=one.plan.model)
+
+
+def _forget(evaluations: Sequence[_Evaluation]) -> None:
+    for one in evaluations:
+        if one.encoder is not None:
+            one.encoder.forget()
+
+
 def _run_cells(
     evaluations: Sequence[_Evaluation],
     cells: Sequence[Cell],
@@ -170,12 +214,6 @@ def _run_cells(
     total = len(evaluations) * sum(processes.owns(item) for listed in chosen.values() for item in listed)
     name = f"evaluating {', '.join(one.model.router for one in evaluations)}"
     name += f" (process 1 of {processes.size})" if processes.size > 1 else ""
-
-    def forget() -> None:
-        for one in evaluations:
-            if one.encoder is not None:
-                one.encoder.forget()
-
     with EvaluationProgress(console, name, total, silent=not processes.first) as progress:
         for cell in cells:
             respondents = [
@@ -193,7 +231,7 @@ def _run_cells(
                 batch_size=plan.batch_size,
                 processes=processes,
                 already=progress.already,
-                after_chunk=forget,
+                after_chunk=partial(_forget, evaluations),
             )
             if not processes.first:
                 continue
@@ -215,6 +253,11 @@ def _write_results(
     plan, output, model = evaluation.plan, evaluation.output, evaluation.model
     surroundings = _surroundings(plan, evaluation.manifest, model, processes, seconds)
     baselines = [b for name, listed in items.items() for b in constant_baselines(name, listed, seed=plan.seed)]
+    if plan.budget is not None and (widths := half_widths(evaluation.rows)) is not None:
+        surroundings["half_widths"] = widths
+        median, largest = widths["median"], widths["largest"]
+        said = f"half widths of the 95 % intervals: median {median:.3f}, largest {largest:.3f}"
+        console.print(f"{evaluation.label}: {said}")
     document = {"results": evaluation.rows, "baselines": baselines, "provenance": surroundings}
     if plan.check_batch:
         document["batch_check"] = _check_batches(plan, output, cells, items, model, console)

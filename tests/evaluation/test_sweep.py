@@ -59,8 +59,8 @@ def models(tmp_path_factory: pytest.TempPathFactory, tiny_model_factory: Make) -
     }
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for part in (made["second"].projector, made["second"].language_model):
-            for weight in part.parameters():
+        for label in ("second", "experts"):
+            for weight in (*made[label].projector.parameters(), *made[label].language_model.parameters()):
                 weight += 0.3 * weight.std().nan_to_num(0.1) * torch.randn(weight.shape, generator=generator)
     for label, model in made.items():
         model.save_pretrained(folder / label / "model")
