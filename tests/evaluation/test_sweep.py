@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import io
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -42,6 +46,7 @@ _spec.loader.exec_module(stock_models)
 
 Make = Callable[..., SymphonyVLMForConditionalGeneration]
 QUIET = Console(quiet=True)
+ROOT = Path(__file__).resolve().parents[2]
 N_PICTURES, N_CELLS = 3, 2
 
 
@@ -89,8 +94,6 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> EvaluationPlan:
 @pytest.fixture(scope="module")
 def alone(plan: EvaluationPlan, models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Each model evaluated by itself; tests only read it."""
-    import dataclasses
-
     folder = tmp_path_factory.mktemp("alone")
     for label, model in models.items():
         evaluate(dataclasses.replace(plan, model=model), folder / label, console=QUIET)
@@ -347,6 +350,23 @@ def test_the_command_with_several_models(
     for label in ("first", "second"):
         assert _manifest(output / label)["batch_invariant"] is True
         assert json.loads((output / label / "results.json").read_text())["batch_check"][0]["n_items"] == 4
+
+
+@pytest.mark.slow
+def test_two_processes_of_torchrun_write_what_one_process_writes(
+    plan: EvaluationPlan, models: dict[str, str], alone: dict[str, Path], tmp_path: Path
+) -> None:
+    arguments = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "eval.benchmark"]
+    arguments += ["--model", models["first"], "--model", models["stock"], "--task", "scenes", "--data", str(plan.data)]
+    arguments += ["--corruption", "gaussian_noise", "--severity", "5", "--max-new-tokens", "3", "--batch-size", "16"]
+    names = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    if sys.platform == "linux":
+        names["GLOO_SOCKET_IFNAME"] = "lo"
+    command = [sys.executable, *arguments, "--output", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, env=os.environ | names, check=True, timeout=600)
+    for label in ("first", "stock"):
+        assert _predictions(tmp_path / label) == _predictions(alone[label])
+    assert (tmp_path / "report.html").is_file()
 
 
 def test_models_given_twice_and_folders_of_one_model_are_refused(
