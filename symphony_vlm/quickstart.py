@@ -11,13 +11,16 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import IO, Any, TextIO, cast
+from typing import IO, TYPE_CHECKING, Any, TextIO, cast
 
 from rich.console import Console
 
 from symphony_vlm.config.recipe import Recipe, SourceConfig
 from symphony_vlm.errors import InputError
 from symphony_vlm.files import write_json
+
+if TYPE_CHECKING:
+    from symphony_vlm.evaluation.plan import EvaluationPlan
 
 __all__ = ["quickstart"]
 
@@ -68,25 +71,38 @@ def quickstart(recipe: Recipe, output: Path, routers: Sequence[str], *, console:
 def _train_and_evaluate_all(
     recipes: Sequence[Recipe], routers: Sequence[str], output: Path, test: Path, console: Console
 ) -> dict[str, Any]:
-    """Headline accuracies by router. Models this small use one core well and two badly: a process for each router."""
+    """Headline accuracies by router. Models this small use one core well and two badly: a process for each router.
+
+    With a core for each, a router is evaluated by its own process as soon as it is trained. Otherwise all are evaluated
+    together at the end, where they share the pictures and what the encoder, which stayed frozen, makes of them. Either
+    way gives the same files.
+    """
+    from symphony_vlm.evaluation.sweep import evaluate_models
+
     cores = os.cpu_count() or 1
     workers = min(len(routers), cores)
-    console.print(f"{', '.join(routers)}: training and evaluation, {workers} at a time")
+    apart = workers == len(routers)
+    console.print(f"{', '.join(routers)}: training{' and evaluation' if apart else ''}, {workers} at a time")
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         jobs = [
-            pool.submit(_train_and_evaluate, recipe, router, output, test, cores // workers, quiet=console.quiet)
+            pool.submit(_train, recipe, router, output, test if apart else None, cores // workers, quiet=console.quiet)
             for recipe, router in zip(recipes, routers, strict=True)
         ]
-        return {router: job.result() for router, job in zip(routers, jobs, strict=True)}
+        headline = {router: job.result() for router, job in zip(routers, jobs, strict=True)}
+    if apart:
+        return headline
+    models = [str(output / router / "model") for router in routers]
+    plan = _plan(recipes[0], models[0], test)
+    return evaluate_models(plan, models, output / "evaluation", console=console).headline
 
 
-def _train_and_evaluate(
-    recipe: Recipe, router: str, output: Path, test: Path, threads: int, *, quiet: bool
+def _train(
+    recipe: Recipe, router: str, output: Path, test: Path | None, threads: int, *, quiet: bool
 ) -> dict[str, float | None]:
-    """One router's last stages and its evaluation, in a process of its own."""
+    """One router's last stages and, if there is something to test on, its evaluation, in a process of its own."""
     import torch
 
-    from symphony_vlm.evaluation.runner import EvaluationPlan, evaluate
+    from symphony_vlm.evaluation.runner import evaluate
     from symphony_vlm.training.run import train
 
     torch.set_num_threads(threads)
@@ -95,9 +111,18 @@ def _train_and_evaluate(
         file=cast("IO[str]", _Prefixed(sys.stderr, f"{router}: ")), quiet=quiet, highlight=False, soft_wrap=True
     )
     train(recipe, output / router, console=console)
+    if test is None:
+        return {}
+    plan = _plan(recipe, str(output / router / "model"), test)
+    return evaluate(plan, output / "evaluation" / router, console=console).headline
+
+
+def _plan(recipe: Recipe, model: str, test: Path) -> EvaluationPlan:
+    from symphony_vlm.evaluation.plan import EvaluationPlan
+
     evaluation = recipe.evaluation
-    plan = EvaluationPlan(
-        model=str(output / router / "model"),
+    return EvaluationPlan(
+        model=model,
         tasks=("scenes",),
         data=test,
         corruptions=tuple(evaluation.corruptions),
@@ -108,7 +133,6 @@ def _train_and_evaluate(
         batch_size=evaluation.batch_size,
         max_new_tokens=evaluation.max_new_tokens,
     )
-    return evaluate(plan, output / "evaluation" / router, console=console).headline
 
 
 class _Prefixed(io.TextIOBase):

@@ -110,7 +110,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return make_tiny_tokenizer()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_model_factory() -> Callable[..., SymphonyVLMForConditionalGeneration]:
     """`make_tiny_model` itself, for tests that need other settings."""
     return make_tiny_model

@@ -93,6 +93,23 @@ def test_running_again_trains_and_answers_nothing_and_says_the_same(
     assert len(before) > 8 and written() == before
 
 
+def test_with_one_core_the_routers_are_evaluated_together_and_find_the_same(
+    recipe: Recipe, made: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, summary = made
+    (output / "evaluation").rename(tmp_path / "apart")
+    monkeypatch.setattr("symphony_vlm.quickstart.os.cpu_count", lambda: 1)
+    together = quickstart(recipe, output, ROUTERS, console=Console(quiet=True))
+    assert together["headline"] == summary["headline"]
+    names = sorted(path.relative_to(tmp_path / "apart") for path in (tmp_path / "apart").glob("*/predictions/*.jsonl"))
+    assert len(names) == 2 * len(CELLS)
+    for name in names:
+        found, expected = ((folder / name).read_text() for folder in (output / "evaluation", tmp_path / "apart"))
+        assert [json.loads(line) | {"seconds": 0} for line in found.splitlines()] == [
+            json.loads(line) | {"seconds": 0} for line in expected.splitlines()
+        ]
+
+
 def test_a_fault_in_a_routers_process_reaches_the_caller(recipe: Recipe, made: tuple[Path, dict[str, Any]]) -> None:
     output, _ = made
     manifest = output / "evaluation" / "symphony_smoe" / "manifest.json"

@@ -12,15 +12,18 @@ from symphony_vlm.cli.application import Json, app, console, finish, names
 from symphony_vlm.errors import InputError
 
 if TYPE_CHECKING:
-    from symphony_vlm.evaluation.plan import Scoring
+    from symphony_vlm.evaluation.plan import EvaluationPlan, Scoring
 
 __all__: list[str] = []
 
 
 @app.command("eval")
 def evaluate(
-    model: Annotated[str, typer.Option(help="Folder of a model or of a finished run, or a hub name.")],
-    output: Annotated[Path, typer.Option(help="Folder for results and predictions.")],
+    model: Annotated[
+        list[str],
+        typer.Option(help="Folder of a model or of a finished run, or a hub name; repeat it to share the pictures."),
+    ],
+    output: Annotated[Path, typer.Option(help="Folder for results and predictions; of several models, for theirs.")],
     task: Annotated[
         str | None,
         typer.Option(help="Names of tasks or Python files that define TASK; default short_answer if --data is given."),
@@ -33,6 +36,12 @@ def evaluate(
     severity: Annotated[str, typer.Option(help="1 to 5, separated by commas.")] = "1,2,3,4,5",
     limit: Annotated[
         int | None, typer.Option(help="About so many questions per cell, of whole pictures.", min=1)
+    ] = None,
+    budget: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(
+            help="Minutes for everything; chooses --limit by a short measurement.", metavar="MINUTES", min=0.0
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the subset and the corruptions.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Questions answered together.", min=1)] = 64,
@@ -49,7 +58,7 @@ def evaluate(
     ] = 0,
     json_: Json = False,
 ) -> None:
-    """Evaluate a model, clean and on corrupted pictures; run the same command again to continue.
+    """Evaluate models, clean and on corrupted pictures; run the same command again to continue.
 
     Example: symphony-vlm eval --model runs/quickstart/smoe/model --task scenes --corruption fog --output out
     """
@@ -58,6 +67,8 @@ def evaluate(
     tasks = names(task) if task else (["short_answer"] if data else [])
     if not tasks:
         raise InputError("neither a task nor data was given", where="eval", remedy="Add --task scenes or --data FILE.")
+    if budget is not None and limit is not None:
+        raise InputError("the budget chooses the limit", where="--limit", remedy="Leave out --limit or --budget.")
     corruptions = parse_corruptions(corruption)
     severities = _severities(severity)
     from symphony_vlm.evaluation.report import write_report
@@ -65,13 +76,14 @@ def evaluate(
     from symphony_vlm.evaluation.runner import evaluate as run
 
     plan = EvaluationPlan(
-        model=model,
+        model=model[0],
         tasks=tuple(tasks),
         data=data,
         image_folder=image_folder,
         corruptions=tuple(corruptions),
         severities=severities,
         limit=limit,
+        budget_minutes=budget,
         seed=seed,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
@@ -79,6 +91,9 @@ def evaluate(
         max_errors=max_errors,
         check_batch=check_batch,
     )
+    if len(model) > 1:
+        _evaluate_several(plan, model, output, json_)
+        return
     summary = run(plan, output, console=console())
     if not summary.first_process:
         raise typer.Exit(3 if summary.num_errors else 0)
@@ -159,6 +174,27 @@ def corrupt(
     rng = corruption_rng(image_key(image_bytes(ref)), corruption, severity, seed)
     Image.fromarray(apply(pixels, corruption, severity, rng)).save(output, format="PNG")
     finish({"output": str(output)}, json_, str(output))
+
+
+def _evaluate_several(plan: EvaluationPlan, models: list[str], output: Path, json_: bool) -> None:
+    from symphony_vlm.evaluation.report import write_report
+    from symphony_vlm.evaluation.sweep import evaluate_models
+
+    summary = evaluate_models(plan, models, output, console=console())
+    if summary.summaries[0].first_process:
+        report = write_report(summary.folders, output)
+        lines = [
+            f"{label}: {cell}: {'no score' if value is None else f'{value:.4f}'}"
+            for label, figures in summary.headline.items()
+            for cell, value in figures.items()
+        ]
+        results = output / "results.json"
+        finish(summary.to_dict(results), json_, "\n".join([*lines, f"results: {results}", f"report: {report}"]))
+        if summary.num_errors:
+            kinds = ", ".join(f"{count} {name}" for name, count in sorted(summary.errors.items()))
+            console().print(f"{summary.num_errors} items failed ({kinds}); their records name the reason")
+    if summary.num_errors:
+        raise typer.Exit(3)
 
 
 def _severities(text: str) -> tuple[int, ...]:

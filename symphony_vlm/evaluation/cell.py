@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -16,16 +16,16 @@ from torch import Tensor
 from symphony_vlm.evaluation.answer import Answer
 from symphony_vlm.evaluation.attempts import Failure, attempt
 from symphony_vlm.evaluation.cells import Cell
-from symphony_vlm.evaluation.pictures import Picture, open_picture
+from symphony_vlm.evaluation.pictures import OpenedPictures, Picture
 from symphony_vlm.evaluation.predictor import AnswersItems
 from symphony_vlm.evaluation.processes import ALONE, Processes
 from symphony_vlm.evaluation.records import Record, RecordWriter, merge_records, part_path, read_records
 from symphony_vlm.evaluation.task import EvaluationItem
 
-__all__ = ["answer_items", "run_cell"]
+__all__ = ["IMAGES_AT_ONCE", "Respondent", "answer_items", "run_cell", "run_cell_together"]
 
 IMAGES_AT_ONCE = 64
-"""Pictures whose features are held in memory together."""
+"""Pictures that are held in memory together."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,15 @@ class _Asked:
         return len(self.item.question) + sum(len(image) if isinstance(image, Tensor) else 1 for image in images)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Respondent:
+    """A model that answers a cell's questions, and where its answers go."""
+
+    predictor: AnswersItems
+    path: Path
+    """One JSON line an item."""
+
+
 def run_cell(
     cell: Cell,
     items: Sequence[EvaluationItem],
@@ -54,49 +63,87 @@ def run_cell(
     batch_size: int = 64,
     processes: Processes = ALONE,
 ) -> list[Record]:
-    """Answers and scores the items that ``path`` does not hold yet; returns the records of all.
+    """`run_cell_together` for one model; returns its records."""
+    respondents = [Respondent(predictor=predictor, path=path)]
+    (records,) = run_cell_together(cell, items, respondents, advance, batch_size=batch_size, processes=processes)
+    return records
 
-    A failing item becomes a record with ``error`` and no score; the others go on. One process appends to ``path``
+
+def run_cell_together(
+    cell: Cell,
+    items: Sequence[EvaluationItem],
+    respondents: Sequence[Respondent],
+    advance: Callable[[int], None],
+    *,
+    batch_size: int = 64,
+    processes: Processes = ALONE,
+    already: Callable[[int], None] | None = None,
+    after_chunk: Callable[[], None] = lambda: None,
+) -> list[list[Record]]:
+    """Answers and scores the items that files do not hold yet; returns the records of all, by model.
+
+    Each picture is opened and corrupted once for all models and questions, a chunk of pictures at a time. A failing
+    item becomes a record with ``error`` and no score; the others go on. One process appends to a model's ``path``
     itself, several each to a part beside it; `merge_records` makes one sorted file of them.
 
     Args:
         cell: what is evaluated.
         items: all items of the cell; those of one picture stand together.
-        predictor: the model.
-        path: one JSON line an item.
-        advance: called with the number of this process's items done.
+        respondents: the models; each continues where its own file ends.
+        advance: called with the number of answers that this process has added, over all models.
         batch_size: questions answered together; halved where the device's memory is too small.
         processes: who takes part; each answers the pictures that it owns.
+        already: called with the number of this process's answers that files hold; default: `advance`.
+        after_chunk: called when no model needs a chunk's pictures any more.
 
     Returns:
-        In the order of the items; nothing in processes other than the first.
+        For each model its records in the order of the items; nothing in processes other than the first.
     """
     mine = [item for item in items if processes.owns(item)]
-    done = {record["item_id"] for record in read_records(path)}
-    todo = [item for item in mine if item.id not in done]
-    advance(len(mine) - len(todo))
+    done = [{record["item_id"] for record in read_records(one.path)} for one in respondents]
+    (already or advance)(sum(item.id in answered for answered in done for item in mine))
+    todo = [item for item in mine if any(item.id not in answered for answered in done)]
     pictures = [list(group) for _, group in groupby(todo, key=lambda item: item.image_key)]
-    own_path = path if processes.size == 1 else part_path(path, processes.rank)
-    with RecordWriter(own_path) as writer:
-        batches = _Batches(cell, predictor, batch_size, processes.rank)
+    with ExitStack() as files:
+        answering = [
+            (
+                _Batches(cell, one.predictor, batch_size, processes.rank),
+                files.enter_context(RecordWriter(_own_path(one.path, processes))),
+                answered,
+            )
+            for one, answered in zip(respondents, done, strict=True)
+        ]
         for start in range(0, len(pictures), IMAGES_AT_ONCE):
             chunk = [item for group in pictures[start : start + IMAGES_AT_ONCE] for item in group]
-            for records in batches.records(chunk):
-                writer.write(records)
-                advance(len(records))
+            opened = OpenedPictures(cell)
+            for batches, writer, answered in answering:
+                for records in batches.records([item for item in chunk if item.id not in answered], opened):
+                    writer.write(records)
+                    advance(len(records))
+            after_chunk()
     processes.barrier()
     if not processes.first:
-        return []
-    merged = merge_records(path)
-    return [merged[item.id] for item in items]
+        return [[] for _ in respondents]
+    merged = [merge_records(one.path) for one in respondents]
+    return [[records[item.id] for item in items] for records in merged]
+
+
+def _own_path(path: Path, processes: Processes) -> Path:
+    return path if processes.size == 1 else part_path(path, processes.rank)
 
 
 def answer_items(
-    cell: Cell, items: Sequence[EvaluationItem], predictor: AnswersItems, *, batch_size: int
+    cell: Cell,
+    items: Sequence[EvaluationItem],
+    predictor: AnswersItems,
+    *,
+    batch_size: int,
+    opened: OpenedPictures | None = None,
 ) -> dict[str, Record]:
-    """Records by item id, written nowhere; arguments as of `run_cell`."""
+    """Records by item id, written nowhere; arguments as of `run_cell`, and pictures that have been opened before."""
     batches = _Batches(cell, predictor, batch_size, rank=0)
-    return {record["item_id"]: record for records in batches.records(items) for record in records}
+    found = batches.records(items, opened or OpenedPictures(cell))
+    return {record["item_id"]: record for records in found for record in records}
 
 
 class _Batches:
@@ -108,11 +155,11 @@ class _Batches:
         self._batch_size = batch_size
         self._rank = rank
 
-    def records(self, items: Sequence[EvaluationItem]) -> Iterator[list[Record]]:
+    def records(self, items: Sequence[EvaluationItem], opened: OpenedPictures) -> Iterator[list[Record]]:
         """Batch by batch, those that failed before the model was asked first."""
         start = time.monotonic()
-        asked = self._encode(items)
-        encoding = (time.monotonic() - start) / len(items)
+        asked = self._encode(items, opened)
+        encoding = (time.monotonic() - start) / max(len(items), 1)
         failed = [one for one in asked if one.failure is not None]
         if failed:
             yield [self._record(one, one.failure, encoding) for one in failed]
@@ -125,20 +172,14 @@ class _Batches:
             seconds = encoding + (time.monotonic() - start) / len(batch)
             yield [self._record(one, answer, seconds) for one, answer in zip(batch, answers, strict=True)]
 
-    def _encode(self, items: Sequence[EvaluationItem]) -> list[_Asked]:
-        """Opens the pictures of all items and encodes them together, each once."""
-        opened: dict[str, tuple[Picture, ...] | Failure] = {}
-        for item in items:
-            if item.image_key not in opened:
-                try:
-                    opened[item.image_key] = tuple(open_picture(ref, self._cell) for ref in item.images)
-                except Exception as error:
-                    opened[item.image_key] = Failure.of(error)
-        good = {key: pictures for key, pictures in opened.items() if not isinstance(pictures, Failure)}
+    def _encode(self, items: Sequence[EvaluationItem], opened: OpenedPictures) -> list[_Asked]:
+        """Encodes the pictures of all items together, each once."""
+        shown = {item.image_key: opened.of(item) for item in items}
+        good = {key: pictures for key, pictures in shown.items() if not isinstance(pictures, Failure)}
         flat = [picture.pixels for pictures in good.values() for picture in pictures]
         encoded = iter(attempt(self._predictor.encode_images, flat))
         features = {key: [next(encoded) for _ in pictures] for key, pictures in good.items()}
-        return [self._asked(item, opened[item.image_key], features.get(item.image_key, [])) for item in items]
+        return [self._asked(item, shown[item.image_key], features.get(item.image_key, [])) for item in items]
 
     def _asked(self, item: EvaluationItem, pictures: tuple[Picture, ...] | Failure, features: Sequence[Any]) -> _Asked:
         if isinstance(pictures, Failure):
@@ -170,7 +211,7 @@ def _record(cell: Cell, item: EvaluationItem, answer: str | Failure | None, pict
         "split": cell.task.split,
         "image_key": item.image_key,
         "image_sha256": pictures[0].sha256 if pictures else None,
-        "pixels_sha256": hashlib.sha256(pictures[0].pixels.tobytes()).hexdigest() if pictures else None,
+        "pixels_sha256": pictures[0].pixels_sha256 if pictures else None,
         "corruption": cell.corruption,
         "severity": cell.severity,
         "seed": cell.seed,

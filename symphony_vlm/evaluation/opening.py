@@ -10,7 +10,7 @@ from typing import Any
 from symphony_vlm.errors import InputError
 from symphony_vlm.evaluation.item import EvaluationItem
 from symphony_vlm.evaluation.options import Options
-from symphony_vlm.evaluation.predictor import AnswersItems, Predictor
+from symphony_vlm.evaluation.predictor import AnswersItems, EncodesPictures, Predictor
 from symphony_vlm.evaluation.stock_predictor import StockPredictor, load_stock_model
 from symphony_vlm.model.loading import load, model_type_of, resolve_model_folder
 
@@ -40,8 +40,9 @@ class OpenedModel:
         batch_size: int,
         max_new_tokens: int,
         options: Callable[[EvaluationItem], Options | None] | None = None,
+        encoder: EncodesPictures | None = None,
     ) -> AnswersItems:
-        """A predictor of this model; arguments as in `Predictor`.
+        """A predictor of this model; arguments as in `Predictor`. A model of transformers encodes by itself.
 
         Raises:
             InputError: a model of transformers shall score options, which it does not do here.
@@ -55,7 +56,7 @@ class OpenedModel:
                 )
             return StockPredictor(self.model, self.processor, batch_size=batch_size, max_new_tokens=max_new_tokens)
         more = {} if options is None else {"options": options}
-        return Predictor(self.model, batch_size=batch_size, max_new_tokens=max_new_tokens, **more)
+        return Predictor(self.model, batch_size=batch_size, max_new_tokens=max_new_tokens, encoder=encoder, **more)
 
 
 def open_model(name: str, *, device: str | None = None, dtype: str = "auto") -> OpenedModel:

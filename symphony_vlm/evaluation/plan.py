@@ -34,6 +34,10 @@ class EvaluationPlan:
     """At most about so many questions per clean cell, whole pictures of a seeded order."""
     corrupted_limit: int | None = None
     """The same for corrupted cells; default: `limit`. Its pictures are the first of the clean cell's."""
+    budget_minutes: float | None = None
+    """Choose `limit` so that everything ends in so many minutes."""
+    budget: Mapping[str, Any] | None = None
+    """How `limit` was chosen for the time, see `budget`."""
     seed: int = 0
     batch_size: int = 64
     max_new_tokens: int | None = None
@@ -84,6 +88,7 @@ def _manifest(plan: EvaluationPlan, items: Mapping[str, Sequence[EvaluationItem]
         "image_folder": str(plan.image_folder.resolve()) if plan.image_folder else None,
         "limit": plan.limit,
         "corrupted_limit": plan.corrupted_limit,
+        "budget": None if plan.budget is None else dict(plan.budget),
         "seed": plan.seed,
         "max_new_tokens": plan.max_new_tokens,
         "decoding": "greedy",

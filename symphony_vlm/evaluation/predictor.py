@@ -28,6 +28,13 @@ class AnswersItems(Protocol):
         """One answer per item, a plain text or an `Answer`; features of its images in order, or None without."""
 
 
+class EncodesPictures(Protocol):
+    """A vision tower that several models have."""
+
+    def features(self, images: Sequence[np.ndarray]) -> tuple[Tensor, Tensor | None]:
+        """Arguments of ``project_image_features`` for uint8 ``[H, W, 3]`` images."""
+
+
 class Predictor:
     """Greedy answers of one model.
 
@@ -36,6 +43,7 @@ class Predictor:
         batch_size: questions per batch.
         max_new_tokens: longest answer.
         options: item -> its options, the likeliest of which is the answer, or None; default: all answers are written.
+        encoder: the vision tower, where other models have it too; default: the model's own.
     """
 
     def __init__(
@@ -45,6 +53,7 @@ class Predictor:
         batch_size: int,
         max_new_tokens: int,
         options: Callable[[EvaluationItem], Options | None] = lambda item: None,
+        encoder: EncodesPictures | None = None,
     ) -> None:
         assert model.processor is not None
         self._model = model
@@ -52,14 +61,19 @@ class Predictor:
         self._batch_size = batch_size
         self._max_new_tokens = max_new_tokens
         self._options = options
+        self._encoder = encoder
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[np.ndarray]) -> list[Tensor]:
         """Features of uint8 ``[H, W, 3]`` images as the language model reads them, ``[n_i, D]`` each."""
         features: list[Tensor] = []
         for start in range(0, len(images), self._batch_size):
-            inputs = self._processor.image_processor(list(images[start : start + self._batch_size]))
-            features += self._model.get_image_features(**inputs.to(self._model.device))
+            chosen = list(images[start : start + self._batch_size])
+            if self._encoder is None:
+                inputs = self._processor.image_processor(chosen)
+                features += self._model.get_image_features(**inputs.to(self._model.device))
+            else:
+                features += self._model.project_image_features(*self._encoder.features(chosen))
         return features
 
     def answer(self, items: Sequence[EvaluationItem], features: Sequence[Sequence[Tensor] | None]) -> list[Answer]:

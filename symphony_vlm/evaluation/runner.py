@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,25 +17,28 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from symphony_vlm.corruptions import canary, find_frost_textures
 from symphony_vlm.evaluation.baselines import constant_baselines
 from symphony_vlm.evaluation.batch_check import check_batches
-from symphony_vlm.evaluation.cell import run_cell
+from symphony_vlm.evaluation.budget import half_widths, recorded_budget, settle_limit
+from symphony_vlm.evaluation.cell import Respondent, run_cell_together
 from symphony_vlm.evaluation.cell_results import cell_results
 from symphony_vlm.evaluation.cells import Cell
 from symphony_vlm.evaluation.opening import OpenedModel, open_model
 from symphony_vlm.evaluation.plan import EvaluationPlan, check_manifest, record_batch_check
 from symphony_vlm.evaluation.predictor import AnswersItems
 from symphony_vlm.evaluation.processes import Processes, join
+from symphony_vlm.evaluation.progress import EvaluationProgress
 from symphony_vlm.evaluation.records import merge_records
+from symphony_vlm.evaluation.sharing import SharedEncoder, share_encoders
+from symphony_vlm.evaluation.subset import first_pictures
 from symphony_vlm.evaluation.task import EvaluationItem, Task, get_task
 from symphony_vlm.files import write_json
 from symphony_vlm.model.loading import resolve_model_folder
 from symphony_vlm.training.provenance import provenance
 
-__all__ = ["EvaluationPlan", "EvaluationSummary", "evaluate"]
+__all__ = ["EvaluationPlan", "EvaluationSummary", "evaluate", "evaluate_together"]
 
 Items = dict[str, list[EvaluationItem]]
 
@@ -56,103 +60,211 @@ class EvaluationSummary:
         return {"results": str(self.results), "headline": self.headline, "n_errors": self.num_errors}
 
 
-@dataclass
-class _Progress:
-    """Counts items over all cells."""
+@dataclass(kw_only=True)
+class _Evaluation:
+    """One model's part: its plan and folder, and what has been found."""
 
-    bar: Progress
-    task: Any
-    done: int = field(default=0)
+    plan: EvaluationPlan
+    output: Path
+    model: OpenedModel
+    label: str
+    encoder: SharedEncoder | None
+    manifest: dict[str, Any] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    errors: Counter[str] = field(default_factory=Counter)
 
-    def __call__(self, items: int) -> None:
-        self.done += items
-        self.bar.update(self.task, completed=self.done)
 
-
-def evaluate(plan: EvaluationPlan, output: Path, *, console: Console | None = None) -> EvaluationSummary:
+def evaluate(
+    plan: EvaluationPlan, output: Path, *, console: Console | None = None, processes: Processes | None = None
+) -> EvaluationSummary:
     """Runs every cell, then writes ``results.json``.
 
     Args:
         plan: what to do.
         output: folder for ``manifest.json``, ``results.json`` and ``predictions/``.
         console: where progress goes; default: standard error.
+        processes: who takes part; default: the processes of the launch.
 
     Raises:
         InputError: the model, a task's data or a setting cannot be used, or the folder holds another evaluation.
     """
+    (summary,) = evaluate_together([plan], [output], scratch=output, console=console, processes=processes)
+    return summary
+
+
+def evaluate_together(
+    plans: Sequence[EvaluationPlan],
+    outputs: Sequence[Path],
+    *,
+    scratch: Path,
+    console: Console | None = None,
+    processes: Processes | None = None,
+) -> list[EvaluationSummary]:
+    """Evaluates several models on the same cells, which share the pictures (`sharing`); each has a folder of its own.
+
+    Args:
+        plans: what to do; they differ in the model alone.
+        outputs: for each plan its folder.
+        scratch: for data that a task makes.
+        console: where progress goes; default: standard error.
+        processes: who takes part; default: the processes of the launch.
+
+    Returns:
+        For each plan its summary.
+
+    Raises:
+        InputError: as of `evaluate`.
+    """
     console = console or Console(stderr=True)
-    processes = join()
+    processes = processes or join()
+    plan = plans[0]
     tasks = [get_task(name) for name in plan.tasks]
     if "frost" in plan.corruptions:
         find_frost_textures()
+    recorded = recorded_budget(outputs) if plan.budget_minutes is not None else None
     start = time.monotonic()
     # The cheap checks first: loading a large model takes minutes.
-    resolve_model_folder(plan.model)
+    for one in plans:
+        resolve_model_folder(one.model)
     cells = [cell for task in tasks for cell in _cells(task, plan)]
     with processes.first_before_others():
-        items = {task.name: list(task.load(plan.data, plan.image_folder, output / "data", plan.seed)) for task in tasks}
-    model = open_model(plan.model, device=_device(processes))
-    manifest: dict[str, Any] = {}
+        items = {
+            task.name: list(task.load(plan.data, plan.image_folder, scratch / "data", plan.seed)) for task in tasks
+        }
+    evaluations = _open(plans, outputs, processes, console)
+    if plan.budget_minutes is not None:
+        _settle_limit(evaluations, recorded, cells, items, start, processes, console)
     with processes.first_before_others():
         if processes.first:
-            manifest = check_manifest(plan, output, items)
-            for cell in cells:  # what an earlier start has left, of however many processes
-                merge_records(output / "predictions" / cell.file_name)
-    rows, errors = _run_cells(plan, output, cells, items, model, processes, console)
+            for evaluation in evaluations:
+                evaluation.manifest = check_manifest(evaluation.plan, evaluation.output, items)
+            for evaluation in evaluations:
+                for cell in cells:  # what an earlier start has left, of however many processes
+                    merge_records(evaluation.output / "predictions" / cell.file_name)
+    if plan.budget_minutes is not None and not processes.first:
+        # What the first process has chosen.
+        for evaluation in evaluations:
+            limit = json.loads((evaluation.output / "manifest.json").read_text())["limit"]
+            evaluation.plan = dataclasses.replace(evaluation.plan, limit=limit)
+    _run_cells(evaluations, cells, items, processes, console)
     if processes.first:
-        surroundings = _surroundings(plan, manifest, model, processes, time.monotonic() - start)
-        baselines = [b for task in tasks for b in constant_baselines(task.name, items[task.name], seed=plan.seed)]
-        document = {"results": rows, "baselines": baselines, "provenance": surroundings}
-        if plan.check_batch:
-            document["batch_check"] = _check_batches(plan, output, cells, items, model, console)
-        write_json(output / "results.json", document)
-        record = Path(resolve_model_folder(plan.model)) / "training.json"
-        if record.is_file():
-            shutil.copyfile(record, output / "training.json")
+        for evaluation in evaluations:
+            _write_results(evaluation, cells, items, processes, time.monotonic() - start, console)
     processes.barrier()
-    return _summary(output / "results.json", errors, processes)
+    return [_summary(one.output / "results.json", one.errors, processes) for one in evaluations]
+
+
+def _open(
+    plans: Sequence[EvaluationPlan], outputs: Sequence[Path], processes: Processes, console: Console
+) -> list[_Evaluation]:
+    models = [open_model(plan.model, device=_device(processes)) for plan in plans]
+    labels = [output.name for output in outputs]
+    said = console if processes.first else Console(quiet=True)
+    encoders = share_encoders(models, labels, batch_size=plans[0].batch_size, console=said)
+    return [
+        _Evaluation(plan=plan, output=output, model=model, label=label, encoder=encoder)
+        for plan, output, model, label, encoder in zip(plans, outputs, models, labels, encoders, strict=True)
+    ]
+
+
+def _settle_limit(
+    evaluations: Sequence[_Evaluation],
+    recorded: Mapping[str, Any] | None,
+    cells: Sequence[Cell],
+    items: Items,
+    started: float,
+    processes: Processes,
+    console: Console,
+) -> None:
+    """Gives all plans the limit of their budget."""
+    settled = settle_limit(
+        evaluations[0].plan,
+        recorded,
+        cells,
+        items,
+        lambda cell: [
+            _predictor(one.model, cell.task, one.plan, one.plan.batch_size, one.encoder) for one in evaluations
+        ],
+        started=started,
+        n_models=len(evaluations),
+        processes=processes,
+        after_chunk=partial(_forget, evaluations),
+        console=console,
+    )
+    for one in evaluations:
+        one.plan = dataclasses.replace(settled, model=one.plan.model)
+
+
+def _forget(evaluations: Sequence[_Evaluation]) -> None:
+    for one in evaluations:
+        if one.encoder is not None:
+            one.encoder.forget()
 
 
 def _run_cells(
-    plan: EvaluationPlan,
-    output: Path,
+    evaluations: Sequence[_Evaluation],
     cells: Sequence[Cell],
     items: Items,
-    model: OpenedModel,
     processes: Processes,
     console: Console,
-) -> tuple[list[dict[str, Any]], Counter[str]]:
-    """Rows of results, none in processes other than the first, and how many items failed of what."""
-    start = time.monotonic()
-    router = model.router
+) -> None:
+    """Cell by cell, all models; their rows of results are found in the first process alone."""
+    plan = evaluations[0].plan
     chosen = {cell.file_name: _choose(items[cell.task.name], plan, cell) for cell in cells}
-    total = sum(processes.owns(item) for listed in chosen.values() for item in listed)
-    rows: list[dict[str, Any]] = []
-    errors: Counter[str] = Counter()
-    name = f"evaluating {router}" + (f" (process 1 of {processes.size})" if processes.size > 1 else "")
-    columns = ("[bold]{task.description}", BarColumn(), MofNCompleteColumn(), TextColumn("questions"))
-    silent = not console.is_terminal or not processes.first
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=silent) as bar:
-        advance = _Progress(bar, bar.add_task(name, total=total))
+    total = len(evaluations) * sum(processes.owns(item) for listed in chosen.values() for item in listed)
+    name = f"evaluating {', '.join(one.model.router for one in evaluations)}"
+    name += f" (process 1 of {processes.size})" if processes.size > 1 else ""
+    with EvaluationProgress(console, name, total, silent=not processes.first) as progress:
         for cell in cells:
-            predictor = _predictor(model, cell.task, plan, plan.batch_size)
-            records = run_cell(
+            respondents = [
+                Respondent(
+                    predictor=_predictor(one.model, cell.task, one.plan, plan.batch_size, one.encoder),
+                    path=one.output / "predictions" / cell.file_name,
+                )
+                for one in evaluations
+            ]
+            found = run_cell_together(
                 cell,
                 chosen[cell.file_name],
-                predictor,
-                output / "predictions" / cell.file_name,
-                advance,
+                respondents,
+                progress.advance,
                 batch_size=plan.batch_size,
                 processes=processes,
+                already=progress.already,
+                after_chunk=partial(_forget, evaluations),
             )
             if not processes.first:
                 continue
-            of_cell = cell_results(plan, cell, router, chosen[cell.file_name], records)
-            rows += of_cell
-            errors.update(record["error"]["type"] for record in records if record["error"])
-            if not console.is_terminal:
-                _print_cell(console, of_cell[0], cell, advance.done, total, time.monotonic() - start)
-    return rows, errors
+            for one, records in zip(evaluations, found, strict=True):
+                of_cell = cell_results(one.plan, cell, one.model.router, chosen[cell.file_name], records)
+                one.rows += of_cell
+                one.errors.update(record["error"]["type"] for record in records if record["error"])
+                progress.cell(f"{one.label}: " if len(evaluations) > 1 else "", cell, of_cell[0])
+
+
+def _write_results(
+    evaluation: _Evaluation,
+    cells: Sequence[Cell],
+    items: Items,
+    processes: Processes,
+    seconds: float,
+    console: Console,
+) -> None:
+    plan, output, model = evaluation.plan, evaluation.output, evaluation.model
+    surroundings = _surroundings(plan, evaluation.manifest, model, processes, seconds)
+    baselines = [b for name, listed in items.items() for b in constant_baselines(name, listed, seed=plan.seed)]
+    if plan.budget is not None and (widths := half_widths(evaluation.rows)) is not None:
+        surroundings["half_widths"] = widths
+        median, largest = widths["median"], widths["largest"]
+        said = f"half widths of the 95 % intervals: median {median:.3f}, largest {largest:.3f}"
+        console.print(f"{evaluation.label}: {said}")
+    document = {"results": evaluation.rows, "baselines": baselines, "provenance": surroundings}
+    if plan.check_batch:
+        document["batch_check"] = _check_batches(plan, output, cells, items, model, console)
+    write_json(output / "results.json", document)
+    record = Path(resolve_model_folder(plan.model)) / "training.json"
+    if record.is_file():
+        shutil.copyfile(record, output / "training.json")
 
 
 def _check_batches(
@@ -184,11 +296,12 @@ def _check_batches(
     return found
 
 
-def _predictor(model: OpenedModel, task: Task, plan: EvaluationPlan, batch_size: int) -> AnswersItems:
+def _predictor(
+    model: OpenedModel, task: Task, plan: EvaluationPlan, batch_size: int, encoder: SharedEncoder | None = None
+) -> AnswersItems:
     longest = plan.max_new_tokens or task.max_new_tokens
-    if plan.scoring == "likelihood":
-        return model.predictor(batch_size=batch_size, max_new_tokens=longest, options=task.options)
-    return model.predictor(batch_size=batch_size, max_new_tokens=longest)
+    options = task.options if plan.scoring == "likelihood" else None
+    return model.predictor(batch_size=batch_size, max_new_tokens=longest, options=options, encoder=encoder)
 
 
 def _cells(task: Task, plan: EvaluationPlan) -> list[Cell]:
@@ -197,22 +310,8 @@ def _cells(task: Task, plan: EvaluationPlan) -> list[Cell]:
 
 
 def _choose(items: Sequence[EvaluationItem], plan: EvaluationPlan, cell: Cell) -> list[EvaluationItem]:
-    """Items of whole pictures, in an order that depends on the seed and the pictures' names alone."""
-    groups: dict[str, list[EvaluationItem]] = {}
-    for item in items:
-        groups.setdefault(item.image_key, []).append(item)
-
-    def rank(key: str) -> str:
-        # The last part of a path, not all of it: another folder must give the same subset.
-        return hashlib.sha256(f"{plan.seed}/{key.rpartition('/')[2]}".encode()).hexdigest()
-
     limit = plan.limit if cell.severity == 0 or plan.corrupted_limit is None else plan.corrupted_limit
-    chosen: list[EvaluationItem] = []
-    for key in sorted(groups, key=rank):
-        if limit is not None and len(chosen) >= limit:
-            break
-        chosen += groups[key]
-    return chosen
+    return first_pictures(items, plan.seed, limit)
 
 
 def _device(processes: Processes) -> str | None:
@@ -259,9 +358,3 @@ def _summary(results: Path, errors: Counter[str], processes: Processes) -> Evalu
         errors=dict(errors),
         first_process=processes.first,
     )
-
-
-def _print_cell(console: Console, row: dict[str, Any], cell: Cell, done: int, total: int, seconds: float) -> None:
-    shown = "no score" if row["value"] is None else f"{row['value']:.3f} [{row['ci_low']:.3f}, {row['ci_high']:.3f}]"
-    left = (total - done) * seconds / max(done, 1)
-    console.print(f"{cell.task.name} {cell.corruption} {cell.severity}: {shown}  ({done}/{total}, {left:.0f} s left)")
