@@ -18,13 +18,13 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from symphony_vlm.corruptions import canary, find_frost_textures
+from symphony_vlm.corruptions import canary, find_frost_textures, parse_corrupt_at
 from symphony_vlm.evaluation.baselines import constant_baselines
 from symphony_vlm.evaluation.batch_check import check_batches
 from symphony_vlm.evaluation.cell import run_cell
 from symphony_vlm.evaluation.cell_results import cell_results
 from symphony_vlm.evaluation.cells import Cell
-from symphony_vlm.evaluation.opening import OpenedModel, open_model
+from symphony_vlm.evaluation.opening import OpenedModel, check_corrupt_at, open_model
 from symphony_vlm.evaluation.plan import EvaluationPlan, check_manifest, record_batch_check
 from symphony_vlm.evaluation.predictor import AnswersItems
 from symphony_vlm.evaluation.processes import Processes, join
@@ -85,6 +85,7 @@ def evaluate(plan: EvaluationPlan, output: Path, *, console: Console | None = No
     tasks = [get_task(name) for name in plan.tasks]
     if "frost" in plan.corruptions:
         find_frost_textures()
+    parse_corrupt_at(plan.corrupt_at)
     start = time.monotonic()
     # The cheap checks first: loading a large model takes minutes.
     resolve_model_folder(plan.model)
@@ -92,6 +93,7 @@ def evaluate(plan: EvaluationPlan, output: Path, *, console: Console | None = No
     with processes.first_before_others():
         items = {task.name: list(task.load(plan.data, plan.image_folder, output / "data", plan.seed)) for task in tasks}
     model = open_model(plan.model, device=_device(processes))
+    check_corrupt_at(model, plan.corrupt_at)
     manifest: dict[str, Any] = {}
     with processes.first_before_others():
         if processes.first:
@@ -193,7 +195,8 @@ def _predictor(model: OpenedModel, task: Task, plan: EvaluationPlan, batch_size:
 
 def _cells(task: Task, plan: EvaluationPlan) -> list[Cell]:
     grid = [("none", 0)] + [(name, severity) for name in plan.corruptions for severity in plan.severities]
-    return [Cell(task=task, corruption=name, severity=severity, seed=plan.seed) for name, severity in grid]
+    common = {"task": task, "seed": plan.seed, "corrupt_at": plan.corrupt_at}
+    return [Cell(corruption=name, severity=severity, **common) for name, severity in grid]
 
 
 def _choose(items: Sequence[EvaluationItem], plan: EvaluationPlan, cell: Cell) -> list[EvaluationItem]:
@@ -234,6 +237,7 @@ def _surroundings(
         config_sha256=hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest(),
         model_sha256=manifest["model_sha256"],
         items_sha256=manifest["items_sha256"],
+        corrupt_at=plan.corrupt_at,
         corruption_canary=canary(),
         template=model.template,
         dtype=str(model.model.dtype).removeprefix("torch."),
