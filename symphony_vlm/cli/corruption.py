@@ -128,7 +128,7 @@ def verify_corruptions(
         write_json(output, found)
     differences = pixel_differences(found, wanted)
     for one in differences:
-        console().print(f"{one.size} {one.corruption} severity {one.severity}: other pixels")
+        console().print(f"{one.picture}: {one.corruption} severity {one.severity}: other pixels")
     versions = {
         name: [version, wanted["versions"][name]]
         for name, version in found["versions"].items()
