@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
+from symphony_vlm.data.augmentation import Augmentation
 from symphony_vlm.data.conversation import IGNORE_INDEX
 from symphony_vlm.data.grouping import EpochSampler
 from symphony_vlm.errors import InputError
@@ -92,13 +93,13 @@ def _checkpoint_bytes(model: nn.Module) -> int:
 
 
 class EpochOrder(TrainerCallback):
-    """Tells a sampler which epoch begins.
+    """Tells a sampler, or what changes pictures, which epoch begins.
 
     The data loader tells it too, but in a continued run with several processes its words stop at the wrapper that
     skips the batches already seen.
     """
 
-    def __init__(self, sampler: EpochSampler) -> None:
+    def __init__(self, sampler: EpochSampler | Augmentation) -> None:
         self._sampler = sampler
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
