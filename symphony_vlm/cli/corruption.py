@@ -106,7 +106,9 @@ def _sheet(pixels: Any, text: str, key: str, seed: int, name: str) -> Any:
 
 @app.command("verify-corruptions")
 def verify_corruptions(
-    output: Annotated[Optional[Path], typer.Option(help="Write the hashes that this machine makes to this file.")] = None,  # noqa: UP045
+    output: Annotated[
+        Optional[Path], typer.Option(help="Write the hashes that this machine makes to this file.")
+    ] = None,  # noqa: UP045
     json_: Json = False,
 ) -> None:
     """Corrupt generated pictures and compare every pixel's hash with the committed ones; exit code 1 if one differs.

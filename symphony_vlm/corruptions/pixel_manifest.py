@@ -42,7 +42,9 @@ class PixelDifference:
 
 def generated_pictures() -> dict[str, UInt8Image]:
     """By name (kind, height x width) uint8 ``[H, W, 3]``: a pattern in several sizes, and a page."""
-    patterns = {f"pattern {height}x{width}": _pattern(height, width) for height, width in ((1, 1), (17, 31), (224, 336))}
+    patterns = {
+        f"pattern {height}x{width}": _pattern(height, width) for height, width in ((1, 1), (17, 31), (224, 336))
+    }
     return patterns | {"page 160x224": _page(160, 224)}
 
 

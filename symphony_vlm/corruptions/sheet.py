@@ -56,7 +56,9 @@ def draw_sheet(image: UInt8Image, names: Sequence[str], *, key: str, seed: int =
     label_width = max(text.width(name) for name in ("clean", *names)) + 10
     panel_width = label_width + len(SEVERITIES) * (width + _GAP)
     cell_height = max(height, text.line) + _GAP
-    panel_heights = [sum(text.above(block.heading) + cell_height * len(block.names) for block in panel) for panel in panels]
+    panel_heights = [
+        sum(text.above(block.heading) + cell_height * len(block.names) for block in panel) for panel in panels
+    ]
     size = (
         2 * _MARGIN + panel_width * len(panels) + _PANEL_GAP * (len(panels) - 1),
         2 * _MARGIN + max(panel_heights),

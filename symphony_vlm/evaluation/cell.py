@@ -131,7 +131,9 @@ class _Batches:
         for item in items:
             if item.image_key not in opened:
                 try:
-                    opened[item.image_key] = tuple(open_picture(ref, self._cell, self._predictor) for ref in item.images)
+                    opened[item.image_key] = tuple(
+                        open_picture(ref, self._cell, self._predictor) for ref in item.images
+                    )
                 except Exception as error:
                     opened[item.image_key] = Failure.of(error)
         good = {key: pictures for key, pictures in opened.items() if not isinstance(pictures, Failure)}

@@ -35,10 +35,16 @@ from symphony_vlm.training.contrastive import CaptionCollator, ContrastiveModel,
 from symphony_vlm.training.engine import with_accumulation
 from symphony_vlm.training.features import CachedFeatures, fill_feature_cache
 from symphony_vlm.training.fitting import RunContext, fit, make_trainer, replace_folder
-from symphony_vlm.training.parts import assemble, keep_precision_, new_augmentation, new_image_processor, new_language_model
+from symphony_vlm.training.parts import (
+    assemble,
+    keep_precision_,
+    new_augmentation,
+    new_image_processor,
+    new_language_model,
+)
 from symphony_vlm.training.streamed import streamed
 from symphony_vlm.training.text import TextBlocks
-from symphony_vlm.training.trainer import EpochOrder, StageTrainer, freeze_except
+from symphony_vlm.training.trainer import AugmentationEpochs, StageTrainer, freeze_except
 from symphony_vlm.training.validation import SampleLog, held_out_questions
 
 __all__ = ["prepare_multimodal", "run_stage"]
@@ -86,7 +92,7 @@ def _run_contrastive(stage: StageConfig, context: RunContext) -> None:
         collate,
         rates={"": stage.learning_rate},
         labels=train.labels,
-        callbacks=[] if augmentation is None else [EpochOrder(augmentation)],
+        callbacks=[] if augmentation is None else [AugmentationEpochs(augmentation)],
         # An incomplete last batch has fewer negatives, and so another loss.
         drop_last=True,
     )
@@ -177,7 +183,7 @@ def prepare_multimodal(
         parts["sampler"] = grouped_sampler(parts["train"], stage, seed=context.recipe.seed)
     callbacks: list[TrainerCallback] = [ExpertGraphUpdate()]
     if augmentation is not None and not context.recipe.data.streaming:
-        callbacks.append(EpochOrder(augmentation))
+        callbacks.append(AugmentationEpochs(augmentation))
     if model.routing is not None:
         # A folder of its own: TensorBoard follows one growing file per folder.
         reports = context.recipe.monitor.report_to

@@ -29,7 +29,7 @@ from symphony_vlm.training.monitor import StageMonitor
 from symphony_vlm.training.streamed import StreamedConversations
 from symphony_vlm.training.validation import undisturbed
 
-__all__ = ["EpochOrder", "StageTrainer", "freeze_except", "parameter_groups"]
+__all__ = ["AugmentationEpochs", "EpochOrder", "StageTrainer", "freeze_except", "parameter_groups"]
 
 
 def freeze_except(model: nn.Module, rates: Mapping[str, float]) -> None:
@@ -105,6 +105,10 @@ class EpochOrder(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """A continued epoch has a fraction."""
         self._sampler.set_epoch(int(state.epoch or 0))
+
+
+class AugmentationEpochs(EpochOrder):
+    """The same for what changes pictures; a class of its own, as a trainer takes one callback of each."""
 
 
 class StageTrainer(Trainer):
