@@ -44,8 +44,8 @@ def corrupt(
     import numpy as np
     from PIL import Image
 
+    from symphony_vlm.corruptions import at_long_side, corruption_rng, image_key
     from symphony_vlm.corruptions import corrupt as apply
-    from symphony_vlm.corruptions import corruption_rng, image_key, at_long_side
     from symphony_vlm.data.images import image_bytes, load_image
     from symphony_vlm.data.sample import ImageRef
 
@@ -106,9 +106,7 @@ def _sheet(pixels: Any, text: str, key: str, seed: int, name: str) -> Any:
 
 @app.command("verify-corruptions")
 def verify_corruptions(
-    output: Annotated[
-        Optional[Path], typer.Option(help="Write the hashes that this machine makes to this file.")
-    ] = None,  # noqa: UP045
+    output: Annotated[Path | None, typer.Option(help="Write the hashes that this machine makes to this file.")] = None,
     json_: Json = False,
 ) -> None:
     """Corrupt generated pictures and compare every pixel's hash with the committed ones; exit code 1 if one differs.

@@ -95,14 +95,14 @@ def gaussian(a: RealArray, deviation: float) -> RealArray:
 @functools.lru_cache(maxsize=32)
 def gaussian_weights(deviation: float, radius: int) -> RealArray:
     """Weights of sum 1 at offsets ``-radius .. radius``, read-only."""
-    offsets = np.arange(-radius, radius + 1)
+    offsets = np.arange(-radius, radius + 1, dtype=np.float64)
     weights = exp(-0.5 / (deviation * deviation) * offsets**2)
     weights /= weights.sum()
     weights.setflags(write=False)
     return weights
 
 
-def exp(exponents: RealArray) -> RealArray:
+def exp(exponents: NDArray[np.floating[Any]]) -> RealArray:
     """The exponential, correctly rounded, of some dozens of numbers.
 
     numpy's differs in the last bit between processors (with AVX-512 and without), and with it a few pixels.

@@ -195,7 +195,7 @@ def _predictor(model: OpenedModel, task: Task, plan: EvaluationPlan, batch_size:
 
 def _cells(task: Task, plan: EvaluationPlan) -> list[Cell]:
     grid = [("none", 0)] + [(name, severity) for name in plan.corruptions for severity in plan.severities]
-    common = {"task": task, "seed": plan.seed, "corrupt_at": plan.corrupt_at}
+    common: dict[str, Any] = {"task": task, "seed": plan.seed, "corrupt_at": plan.corrupt_at}
     return [Cell(corruption=name, severity=severity, **common) for name, severity in grid]
 
 

@@ -373,14 +373,16 @@ def test_a_corruption_acts_on_every_picture_as_the_runners_functions_do(model_fo
 
 
 def test_corruptions_act_where_they_are_told_to(model_folder: Path, model: Any) -> None:
-    noise = "gaussian_noise", 5
     question, pixels = DOCUMENTS[0]["question"], np.asarray(DOCUMENTS[0]["image"])
-    rng = lambda: corruption_rng(image_key(pixels), *noise, 0)  # noqa: E731
-    small = corrupt(at_long_side(pixels, 40), *noise, rng())
-    # Squares: what the model sees is the picture alone, without padding.
-    seen = corrupt(model.processor.image_processor.prepare(Image.fromarray(pixels)), *noise, rng())
-    assert pixels.shape[0] == pixels.shape[1]
-    for place, expected in (("long_side:40", small), ("model_input", seen)):
+
+    def noisy(part: np.ndarray) -> np.ndarray:
+        return corrupt(part, "gaussian_noise", 5, corruption_rng(image_key(pixels), "gaussian_noise", 5, 0))
+
+    # 20 x 40 pixels are the middle 16 of 32 rows that the model sees.
+    assert pixels.shape == (20, 40, 3)
+    seen = model.processor.image_processor.prepare(Image.fromarray(pixels)).copy()
+    seen[8:24] = noisy(seen[8:24])
+    for place, expected in (("long_side:24", noisy(at_long_side(pixels, 24))), ("model_input", seen)):
         built = _build(model_folder, f",corruption=gaussian_noise,severity=5,corrupt_at={place}")
         assert built.perturbation["corrupt_at"] == place
         assert np.array_equal(built._perturb(pixels), expected)
