@@ -1,4 +1,4 @@
-"""Commands that measure models: evaluation, report, inspection, corruption of a picture."""
+"""Commands that measure models: evaluation, report, inspection."""
 
 from __future__ import annotations
 
@@ -34,6 +34,9 @@ def evaluate(
     image_folder: Annotated[Optional[Path], typer.Option(help="Base of the records' image paths.")] = None,  # noqa: UP045
     corruption: Annotated[str, typer.Option(help="Names separated by commas, common (15), all (19) or none.")] = "none",
     severity: Annotated[str, typer.Option(help="1 to 5, separated by commas.")] = "1,2,3,4,5",
+    corrupt_at: Annotated[
+        str, typer.Option(help="native, long_side:N (every picture resized to that first) or model_input.")
+    ] = "native",
     limit: Annotated[
         int | None, typer.Option(help="About so many questions per cell, of whole pictures.", min=1)
     ] = None,
@@ -62,7 +65,7 @@ def evaluate(
 
     Example: symphony-vlm eval --model runs/quickstart/smoe/model --task scenes --corruption fog --output out
     """
-    from symphony_vlm.corruptions import parse_corruptions
+    from symphony_vlm.corruptions import parse_corrupt_at, parse_corruptions
 
     tasks = names(task) if task else (["short_answer"] if data else [])
     if not tasks:
@@ -82,6 +85,7 @@ def evaluate(
         image_folder=image_folder,
         corruptions=tuple(corruptions),
         severities=severities,
+        corrupt_at=parse_corrupt_at(corrupt_at),
         limit=limit,
         budget_minutes=budget,
         seed=seed,
@@ -146,34 +150,6 @@ def inspect_routers(
         wide = Console(highlight=False)
         wide.print(table(found), width=None if wide.is_terminal else 120)
     finish(summary(found, paths), json_, "\n".join(map(str, paths)) or "add --output DIR for figures and inspect.json")
-
-
-@app.command()
-def corrupt(
-    image: Annotated[Path, typer.Argument(help="Picture to corrupt.")],
-    corruption: Annotated[str, typer.Option(help="Name, e.g. fog.")],
-    severity: Annotated[int, typer.Option(help="1 to 5.")],
-    output: Annotated[Path, typer.Option(help="PNG to write.")],
-    seed: Annotated[int, typer.Option(help="Equal arguments give equal pixels.")] = 0,
-    json_: Json = False,
-) -> None:
-    """Corrupt one picture.
-
-    Example: symphony-vlm corrupt photo.jpg --corruption fog --severity 3 --output foggy.png
-    """
-    import numpy as np
-    from PIL import Image
-
-    from symphony_vlm.corruptions import corrupt as apply
-    from symphony_vlm.corruptions import corruption_rng, image_key
-    from symphony_vlm.data.images import image_bytes, load_image
-    from symphony_vlm.data.sample import ImageRef
-
-    ref = ImageRef(path=image, name=str(image))
-    pixels = np.asarray(load_image(ref))
-    rng = corruption_rng(image_key(image_bytes(ref)), corruption, severity, seed)
-    Image.fromarray(apply(pixels, corruption, severity, rng)).save(output, format="PNG")
-    finish({"output": str(output)}, json_, str(output))
 
 
 def _evaluate_several(plan: EvaluationPlan, models: list[str], output: Path, json_: bool) -> None:

@@ -100,6 +100,11 @@ def _check_names(recipe: Recipe) -> None:
         from symphony_vlm.corruptions import parse_corruptions
 
         parse_corruptions(",".join(recipe.evaluation.corruptions))
+    if recipe.data.augmentation is not None:
+        from symphony_vlm.corruptions import parse_corruptions
+
+        if not parse_corruptions(",".join(recipe.data.augmentation.corruptions)):
+            raise InputError("names no corruption", where="data.augmentation.corruptions", remedy="Leave it out.")
 
 
 def _find(name_or_path: str) -> Path:

@@ -16,6 +16,7 @@ from symphony_vlm.config.stage import DataRole, StageConfig
 from symphony_vlm.data.images import MAX_PIXELS
 
 __all__ = [
+    "AugmentationConfig",
     "DataConfig",
     "EvaluationConfig",
     "LanguageConfig",
@@ -146,6 +147,17 @@ class SourceConfig(Schema):
     streaming, the chance of the source to give the next record, in proportion to the other weights."""
 
 
+class AugmentationConfig(Schema):
+    """Corrupts pictures while training, never those that are validated on (``docs/corruptions.md``)."""
+
+    corruptions: Annotated[list[str], BeforeValidator(lambda value: _as_list(value))] = Field(min_length=1)
+    """Names, or ``common`` (the 15 of ImageNet-C) or ``all`` (19); each as likely as the others."""
+    severities: list[Severity] = Field(default=[1, 2, 3], min_length=1)
+    """Each as likely as the others."""
+    probability: float = Field(default=0.5, gt=0, le=1)
+    """That a picture is corrupted, drawn for every picture and epoch."""
+
+
 def _as_sources(value: Any) -> Any:
     """A path or a source alone is a list of one; a path is a source with nothing but a path."""
     if isinstance(value, (str, dict)):
@@ -184,6 +196,8 @@ class DataConfig(Schema):
     """Whether every image is decoded before training starts."""
     max_pixels: int = Field(default=MAX_PIXELS, gt=0, le=MAX_PIXELS)
     """Width times height above which an image counts as broken, by its header."""
+    augmentation: AugmentationConfig | None = None
+    """Corrupts pictures of contrastive and multimodal stages; not together with ``cache_features``."""
     skip: Annotated[list[str], BeforeValidator(_as_list)] = Field(default_factory=list)
     """Files of faults written by ``symphony-vlm data check``; the records they list are left out."""
     streaming: bool = False
@@ -246,6 +260,12 @@ class Recipe(Schema):
             raise ValueError(f"with model.vision.resize_mode {own} a stage cannot have a 'resize_mode' of its own")
         if self.data.streaming:
             self._check_streaming()
+        cached = [stage.name for stage in self.stages if stage.cache_features]
+        if self.data.augmentation is not None and cached:
+            raise ValueError(
+                f"'data.augmentation' shows every picture otherwise in each epoch, and 'cache_features' of stage "
+                f"{cached[0]!r} encodes it once; leave out one of them"
+            )
         return self
 
     def _check_streaming(self) -> None:

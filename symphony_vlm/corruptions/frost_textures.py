@@ -130,6 +130,13 @@ def _decode(path: Path) -> UInt8Image:
 def _enlarged(texture: UInt8Image, factor: float) -> UInt8Image:
     height, width = texture.shape[:2]
     size = (math.ceil(width * factor), math.ceil(height * factor))
-    enlarged = np.asarray(cv2.resize(texture, size, interpolation=cv2.INTER_CUBIC), np.uint8)
+    # OpenCV's own arithmetic is in whole numbers, the same on every processor; Intel's library inside it is not.
+    # The switch is the calling thread's alone.
+    intel = cv2.ipp.useIPP()
+    cv2.ipp.setUseIPP(False)
+    try:
+        enlarged = np.asarray(cv2.resize(texture, size, interpolation=cv2.INTER_CUBIC), np.uint8)
+    finally:
+        cv2.ipp.setUseIPP(intel)
     enlarged.setflags(write=False)
     return enlarged

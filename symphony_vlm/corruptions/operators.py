@@ -9,6 +9,8 @@ bethgelab/imagecorruptions at c959e65, both Apache-2.0.
 
 from __future__ import annotations
 
+import decimal
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -22,8 +24,10 @@ from numpy.typing import NDArray
 __all__ = [
     "RealArray",
     "UInt8Image",
+    "exp",
     "gaussian",
     "gaussian_mirrored",
+    "gaussian_weights",
     "luma",
     "motion",
     "plasma",
@@ -81,9 +85,30 @@ def gaussian(a: RealArray, deviation: float) -> RealArray:
         a: ``[H, W]`` or ``[H, W, 3]``.
         deviation: Standard deviation in pixels.
     """
-    # scipy, not OpenCV: the two differ in the last bit, which on a white page decides between 255 and 254.
-    per_axis = (deviation, deviation) + (0.0,) * (a.ndim - 2)
-    return np.asarray(scipy.ndimage.gaussian_filter(a, per_axis, mode="nearest", truncate=4.0), dtype=np.float64)
+    # scipy, not OpenCV: the two differ in the last bit, which on a white page decides between 255 and 254. This is
+    # scipy's gaussian_filter, but for its weights, which are numpy's and so depend on the processor.
+    weights = gaussian_weights(deviation, int(4.0 * deviation + 0.5))
+    rows = scipy.ndimage.correlate1d(a, weights, axis=0, mode="nearest")
+    return np.asarray(scipy.ndimage.correlate1d(rows, weights, axis=1, mode="nearest"), dtype=np.float64)
+
+
+@functools.lru_cache(maxsize=32)
+def gaussian_weights(deviation: float, radius: int) -> RealArray:
+    """Weights of sum 1 at offsets ``-radius .. radius``, read-only."""
+    offsets = np.arange(-radius, radius + 1, dtype=np.float64)
+    weights = exp(-0.5 / (deviation * deviation) * offsets**2)
+    weights /= weights.sum()
+    weights.setflags(write=False)
+    return weights
+
+
+def exp(exponents: NDArray[np.floating[Any]]) -> RealArray:
+    """The exponential, correctly rounded, of some dozens of numbers.
+
+    numpy's differs in the last bit between processors (with AVX-512 and without), and with it a few pixels.
+    """
+    with decimal.localcontext(decimal.Context(prec=40)):
+        return np.array([float(decimal.Decimal(value).exp()) for value in exponents.tolist()])
 
 
 def gaussian_mirrored(a: RealArray, deviations: tuple[float, float]) -> RealArray:
@@ -103,13 +128,16 @@ def gaussian_mirrored(a: RealArray, deviations: tuple[float, float]) -> RealArra
     return np.asarray(scipy.fft.idctn(spectrum, type=2), dtype=np.float64)
 
 
+@functools.lru_cache(maxsize=32)
 def _cosine_response(length: int, deviation: float) -> RealArray:
-    """Factor by which the Gaussian cut off at three deviations scales each of ``length`` cosine modes."""
+    """Factor by which the Gaussian cut off at three deviations scales each of ``length`` cosine modes, read-only."""
     radius = int(3.0 * deviation + 0.5)
     offsets = np.arange(1, radius + 1)
     weights = np.exp(-0.5 * (offsets / deviation) ** 2)
     modes = np.pi / length * np.arange(length)
-    return (1.0 + 2.0 * (np.cos(np.outer(modes, offsets)) * weights).sum(axis=1)) / (1.0 + 2.0 * weights.sum())
+    response = (1.0 + 2.0 * (np.cos(np.outer(modes, offsets)) * weights).sum(axis=1)) / (1.0 + 2.0 * weights.sum())
+    response.setflags(write=False)
+    return np.asarray(response)
 
 
 def motion(a: RealArray, radius: int, deviation: float, angle: float) -> RealArray:
@@ -123,7 +151,7 @@ def motion(a: RealArray, radius: int, deviation: float, angle: float) -> RealArr
     """
     steps = np.arange(2 * radius + 1)
     # The factor of the density cancels, but not in the last bit, which decides between 255 and 254 on a white page.
-    weights = np.exp(-(steps**2) / (2.0 * deviation**2)) / (math.sqrt(2.0 * math.pi) * deviation)
+    weights = exp(-(steps**2) / (2.0 * deviation**2)) / (math.sqrt(2.0 * math.pi) * deviation)
     weights /= weights.sum()
     rows = np.ceil(steps * math.sin(math.radians(angle)) - 0.5).astype(int)
     columns = np.ceil(steps * math.cos(math.radians(angle)) - 0.5).astype(int)

@@ -44,6 +44,7 @@ class ConversationDataset(Dataset[EncodedSample]):
             ``[tiles, size, size, 3]`` array.
         load: opens an image.
         features: a frozen tower's features of an image and its height and width, instead of preparing it.
+        augment: changes an opened image, each epoch otherwise, so that prepared images are not kept.
         cache_bytes: how much memory prepared images and tokens may take; later epochs read them from there.
     """
 
@@ -55,6 +56,7 @@ class ConversationDataset(Dataset[EncodedSample]):
         to_square: Callable[[Any], np.ndarray],
         load: Callable[[ImageRef], Image.Image] = load_image,
         features: Callable[[ImageRef], tuple[Tensor, tuple[int, int]]] | None = None,
+        augment: Callable[[ImageRef, Image.Image], Image.Image] | None = None,
         cache_bytes: int = 2**30,
     ) -> None:
         self._samples = samples
@@ -62,6 +64,7 @@ class ConversationDataset(Dataset[EncodedSample]):
         self._to_square = to_square
         self._load = load
         self._features = features or self._square
+        self._augment = augment
         self._budget = cache_bytes
         self._images: dict[str, np.ndarray] = {}
         self._sizes: dict[str, tuple[int, int]] = {}
@@ -95,6 +98,9 @@ class ConversationDataset(Dataset[EncodedSample]):
         return self._tokens[index]
 
     def _square(self, ref: ImageRef) -> tuple[np.ndarray, tuple[int, int]]:
+        if self._augment is not None:
+            image = self._augment(ref, self._load(ref))
+            return self._to_square(image), (image.height, image.width)
         key = image_key(ref)
         if key not in self._images:
             image = self._load(ref)

@@ -174,7 +174,7 @@ class _Batches:
 
     def _encode(self, items: Sequence[EvaluationItem], opened: OpenedPictures) -> list[_Asked]:
         """Encodes the pictures of all items together, each once."""
-        shown = {item.image_key: opened.of(item) for item in items}
+        shown = {item.image_key: opened.of(item, self._predictor) for item in items}
         good = {key: pictures for key, pictures in shown.items() if not isinstance(pictures, Failure)}
         flat = [picture.pixels for pictures in good.values() for picture in pictures]
         encoded = iter(attempt(self._predictor.encode_images, flat))

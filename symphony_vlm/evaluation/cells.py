@@ -18,7 +18,7 @@ class Cell:
     severity: int
     seed: int
     corrupt_at: str = "native"
-    """Where the corruption is applied."""
+    """Where the corruption is applied: ``native``, ``long_side:N`` or ``model_input``."""
     attack: str = "none"
     """Name and budget of the attack."""
 

@@ -7,14 +7,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from symphony_vlm.corruptions.placement import MODEL_INPUT
 from symphony_vlm.errors import InputError
 from symphony_vlm.evaluation.item import EvaluationItem
 from symphony_vlm.evaluation.options import Options
 from symphony_vlm.evaluation.predictor import AnswersItems, EncodesPictures, Predictor
 from symphony_vlm.evaluation.stock_predictor import StockPredictor, load_stock_model
 from symphony_vlm.model.loading import load, model_type_of, resolve_model_folder
+from symphony_vlm.model.model_input import check_model_input
 
-__all__ = ["OpenedModel", "open_model"]
+__all__ = ["OpenedModel", "check_corrupt_at", "open_model"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,23 @@ class OpenedModel:
             return StockPredictor(self.model, self.processor, batch_size=batch_size, max_new_tokens=max_new_tokens)
         more = {} if options is None else {"options": options}
         return Predictor(self.model, batch_size=batch_size, max_new_tokens=max_new_tokens, encoder=encoder, **more)
+
+
+def check_corrupt_at(model: OpenedModel, corrupt_at: str) -> None:
+    """Refuses ``model_input`` for a model that does not see one square of a picture.
+
+    Raises:
+        InputError: it is a model of transformers, or sees tiles or several scales.
+    """
+    if corrupt_at != MODEL_INPUT:
+        return
+    if model.is_stock:
+        raise InputError(
+            f"{model.router!r} is a model of transformers; what it sees of a picture is known to its processor alone",
+            where="corrupt_at model_input",
+            remedy="Use native or long_side:N.",
+        )
+    check_model_input(model.processor.image_processor, model.model.vision_tower.config.scales)
 
 
 def open_model(name: str, *, device: str | None = None, dtype: str = "auto") -> OpenedModel:

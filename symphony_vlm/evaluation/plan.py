@@ -30,6 +30,8 @@ class EvaluationPlan:
     image_folder: Path | None = None
     corruptions: tuple[str, ...] = ()
     severities: tuple[int, ...] = (1, 2, 3, 4, 5)
+    corrupt_at: str = "native"
+    """Where corruptions are applied, see `corruptions.placement`; the clean pictures have the same size."""
     limit: int | None = None
     """At most about so many questions per clean cell, whole pictures of a seeded order."""
     corrupted_limit: int | None = None
@@ -93,7 +95,7 @@ def _manifest(plan: EvaluationPlan, items: Mapping[str, Sequence[EvaluationItem]
         "max_new_tokens": plan.max_new_tokens,
         "decoding": "greedy",
         "scoring": plan.scoring,
-        "corrupt_at": "native",
+        "corrupt_at": plan.corrupt_at,
     }
 
 

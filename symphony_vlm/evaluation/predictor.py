@@ -13,6 +13,7 @@ from symphony_vlm.evaluation.answer import Answer, prompt_facts
 from symphony_vlm.evaluation.item import EvaluationItem
 from symphony_vlm.evaluation.likelihood import choose
 from symphony_vlm.evaluation.options import Options
+from symphony_vlm.model.model_input import ModelInput, model_input
 from symphony_vlm.model.vlm import SymphonyVLMForConditionalGeneration
 
 __all__ = ["AnswersItems", "Predictor"]
@@ -75,6 +76,10 @@ class Predictor:
             else:
                 features += self._model.project_image_features(*self._encoder.features(chosen))
         return features
+
+    def model_input(self, pixels: np.ndarray) -> ModelInput:
+        """What the model sees of uint8 ``[H, W, 3]``, before normalisation."""
+        return model_input(self._processor.image_processor, pixels)
 
     def answer(self, items: Sequence[EvaluationItem], features: Sequence[Sequence[Tensor] | None]) -> list[Answer]:
         """One answer per item.

@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from symphony_vlm.corruptions import canary, find_frost_textures
+from symphony_vlm.corruptions import canary, find_frost_textures, parse_corrupt_at
 from symphony_vlm.evaluation.baselines import constant_baselines
 from symphony_vlm.evaluation.batch_check import check_batches
 from symphony_vlm.evaluation.budget import half_widths, recorded_budget, settle_limit
 from symphony_vlm.evaluation.cell import Respondent, run_cell_together
 from symphony_vlm.evaluation.cell_results import cell_results
 from symphony_vlm.evaluation.cells import Cell
-from symphony_vlm.evaluation.opening import OpenedModel, open_model
+from symphony_vlm.evaluation.opening import OpenedModel, check_corrupt_at, open_model
 from symphony_vlm.evaluation.plan import EvaluationPlan, check_manifest, record_batch_check
 from symphony_vlm.evaluation.predictor import AnswersItems
 from symphony_vlm.evaluation.processes import Processes, join
@@ -122,6 +122,7 @@ def evaluate_together(
     if "frost" in plan.corruptions:
         find_frost_textures()
     recorded = recorded_budget(outputs) if plan.budget_minutes is not None else None
+    parse_corrupt_at(plan.corrupt_at)
     start = time.monotonic()
     # The cheap checks first: loading a large model takes minutes.
     for one in plans:
@@ -132,6 +133,8 @@ def evaluate_together(
             task.name: list(task.load(plan.data, plan.image_folder, scratch / "data", plan.seed)) for task in tasks
         }
     evaluations = _open(plans, outputs, processes, console)
+    for evaluation in evaluations:
+        check_corrupt_at(evaluation.model, plan.corrupt_at)
     if plan.budget_minutes is not None:
         _settle_limit(evaluations, recorded, cells, items, start, processes, console)
     with processes.first_before_others():
@@ -306,7 +309,8 @@ def _predictor(
 
 def _cells(task: Task, plan: EvaluationPlan) -> list[Cell]:
     grid = [("none", 0)] + [(name, severity) for name in plan.corruptions for severity in plan.severities]
-    return [Cell(task=task, corruption=name, severity=severity, seed=plan.seed) for name, severity in grid]
+    common: dict[str, Any] = {"task": task, "seed": plan.seed, "corrupt_at": plan.corrupt_at}
+    return [Cell(corruption=name, severity=severity, **common) for name, severity in grid]
 
 
 def _choose(items: Sequence[EvaluationItem], plan: EvaluationPlan, cell: Cell) -> list[EvaluationItem]:
@@ -333,6 +337,7 @@ def _surroundings(
         config_sha256=hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest(),
         model_sha256=manifest["model_sha256"],
         items_sha256=manifest["items_sha256"],
+        corrupt_at=plan.corrupt_at,
         corruption_canary=canary(),
         template=model.template,
         dtype=str(model.model.dtype).removeprefix("torch."),

@@ -20,17 +20,15 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from symphony_vlm.corruptions import (
-    corrupt,
-    corruption_rng,
-    find_frost_textures,
-    image_key,
-    parse_corruptions,
-)
+from symphony_vlm.corruptions import find_frost_textures, image_key, parse_corrupt_at, parse_corruptions
+from symphony_vlm.corruptions.placement import MODEL_INPUT
 from symphony_vlm.errors import InputError
+from symphony_vlm.evaluation.placement import placed
 from symphony_vlm.integrations.asking import generate_texts, log_likelihoods
 from symphony_vlm.integrations.prompts import Prompt, prompt_of_messages, prompt_of_text
+from symphony_vlm.model.image_processor import SymphonyImageProcessor
 from symphony_vlm.model.loading import load
+from symphony_vlm.model.model_input import ModelInput, check_model_input, model_input
 
 __all__ = ["manifest", "samples"]
 
@@ -87,7 +85,8 @@ class _Adapter:
         corruption: name of one corruption, or ``none``.
         severity: 1 to 5.
         corruption_seed: of the corruption's draws.
-        corrupt_at: ``native``, the picture's own resolution, before all preprocessing.
+        corrupt_at: ``native`` (the picture's own resolution, before all preprocessing), ``long_side:N`` (resized to
+            that first, clean pictures too) or ``model_input`` (after padding, resizing and cropping).
 
     Raises:
         InputError: an argument is none of these, or there is no model.
@@ -115,6 +114,8 @@ class _Adapter:
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         self._model = load(str(pretrained), device=device, dtype=dtype)
         self.device = self._model.device
+        if self.perturbation["corrupt_at"] == MODEL_INPUT:
+            check_model_input(self._images, self._model.vision_tower.config.scales)
         _log.info("symphony_vlm: %s, pictures: %s", pretrained, json.dumps(self.perturbation))
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
@@ -178,13 +179,19 @@ class _Adapter:
         # Standard output is for lmms-eval's tables.
         return track(batches, "symphony_vlm", console=Console(stderr=True), disable=self._rank != 0)
 
+    @property
+    def _images(self) -> SymphonyImageProcessor:
+        assert self._model.processor is not None
+        processor: SymphonyImageProcessor = self._model.processor.image_processor
+        return processor
+
+    def model_input(self, pixels: np.ndarray) -> ModelInput:
+        """What the model sees of uint8 ``[H, W, 3]``, before normalisation."""
+        return model_input(self._images, pixels)
+
     def _perturb(self, pixels: np.ndarray) -> np.ndarray:
-        if self.perturbation["corruption"] == "none":
-            return pixels
-        name, severity = self.perturbation["corruption"], self.perturbation["severity"]
         # Only pixels arrive here, so the key is theirs and not the file's.
-        rng = corruption_rng(image_key(pixels), name, severity, self.perturbation["seed"])
-        return corrupt(pixels, name, severity, rng)
+        return placed(pixels, image_key(pixels), self, **self.perturbation)
 
 
 class _SimpleAdapter(_Adapter):
@@ -227,8 +234,7 @@ def _pair_class(result: type) -> Any:
 
 def _perturbation(name: str | None, severity: int | None, seed: int, corrupt_at: str) -> dict[str, Any]:
     where = "--model_args"
-    if corrupt_at != "native":
-        raise InputError(f"corrupt_at={corrupt_at!r} is not known, expected native", where=where)
+    corrupt_at = parse_corrupt_at(str(corrupt_at))
     if name is None or str(name) == "none":
         if severity not in (None, 0):
             raise InputError(f"severity={severity!r} without a corruption", where=where, remedy="Add corruption=NAME.")

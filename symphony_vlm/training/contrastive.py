@@ -122,8 +122,13 @@ def caption_dataset(
     tokenizer: Any,
     to_square: Callable[[Any], np.ndarray],
     load: Callable[[ImageRef], Image.Image] = load_image,
+    augment: Callable[[ImageRef, Image.Image], Image.Image] | None = None,
 ) -> ConversationDataset:
     """Image-caption pairs; samples without an image are left out by the caller."""
     return SourcedConversations(
-        samples, encode=lambda sample: encode_caption(sample, tokenizer), to_square=to_square, load=load
+        samples,
+        encode=lambda sample: encode_caption(sample, tokenizer),
+        to_square=to_square,
+        load=load,
+        augment=augment,
     )

@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
-from symphony_vlm.config.recipe import ModelConfig
+from symphony_vlm.config.recipe import ModelConfig, Recipe
+from symphony_vlm.corruptions import find_frost_textures, parse_corruptions
+from symphony_vlm.data.augmentation import Augmentation
 from symphony_vlm.data.sample import Sample
 from symphony_vlm.data.templates import AUTO, get_template, resolve_template
 from symphony_vlm.data.tokenizer import ensure_special_tokens, train_tokenizer
@@ -30,6 +32,7 @@ __all__ = [
     "check_architectures",
     "check_templates",
     "keep_precision_",
+    "new_augmentation",
     "new_image_processor",
     "new_language_model",
     "open_tokenizer",
@@ -177,6 +180,26 @@ def new_image_processor(model: ModelConfig, tower: VisionConfig | None = None) -
     assert vision.architecture is not None
     mode: ResizeMode = "stretch" if vision.resize_mode == "anyres" else vision.resize_mode
     return SymphonyImageProcessor(vision.architecture["vision_cfg"]["image_size"], resize_mode=mode)
+
+
+def new_augmentation(recipe: Recipe) -> Augmentation | None:
+    """What happens to pictures that are trained on, if anything.
+
+    Raises:
+        InputError: frost is among the corruptions and its textures are not there.
+    """
+    settings = recipe.data.augmentation
+    if settings is None:
+        return None
+    names = parse_corruptions(",".join(settings.corruptions))
+    if "frost" in names:
+        find_frost_textures()
+    return Augmentation(
+        corruptions=tuple(names),
+        severities=tuple(settings.severities),
+        probability=settings.probability,
+        seed=recipe.seed,
+    )
 
 
 def assemble(

@@ -91,11 +91,12 @@ def train(
 def open_run(recipe: Recipe, output: Path, state: RunState, console: Console) -> RunContext:
     """Checks the recipe, opens the data and the tokenizer, and records where the result comes from."""
     from symphony_vlm.training.fitting import RunContext
-    from symphony_vlm.training.parts import check_architectures, check_templates, open_tokenizer
+    from symphony_vlm.training.parts import check_architectures, check_templates, new_augmentation, open_tokenizer
     from symphony_vlm.training.reporting import check_reporters
 
     check_reporters(recipe.monitor)
     check_architectures(recipe.model)
+    new_augmentation(recipe)  # refuses what it cannot do
     # Names and records may hold [/INST] and the like, which the console would take for markup.
     data = open_run_data(recipe, output, partial(console.print, markup=False))
     templates = {stage.template for stage in recipe.stages if stage.template is not None}

@@ -35,10 +35,16 @@ from symphony_vlm.training.contrastive import CaptionCollator, ContrastiveModel,
 from symphony_vlm.training.engine import with_accumulation
 from symphony_vlm.training.features import CachedFeatures, fill_feature_cache
 from symphony_vlm.training.fitting import RunContext, fit, make_trainer, replace_folder
-from symphony_vlm.training.parts import assemble, keep_precision_, new_image_processor, new_language_model
+from symphony_vlm.training.parts import (
+    assemble,
+    keep_precision_,
+    new_augmentation,
+    new_image_processor,
+    new_language_model,
+)
 from symphony_vlm.training.streamed import streamed
 from symphony_vlm.training.text import TextBlocks
-from symphony_vlm.training.trainer import StageTrainer, freeze_except
+from symphony_vlm.training.trainer import AugmentationEpochs, StageTrainer, freeze_except
 from symphony_vlm.training.validation import SampleLog, held_out_questions
 
 __all__ = ["prepare_multimodal", "run_stage"]
@@ -75,16 +81,18 @@ def _run_contrastive(stage: StageConfig, context: RunContext) -> None:
         to_square=processor.prepare,
         load=partial(load_image, max_pixels=context.recipe.data.max_pixels),
     )
+    augmentation = new_augmentation(context.recipe)
     collate = CaptionCollator(model.context_length, model.end_token_id, processor.normalize)
     trainer = make_trainer(
         stage,
         context,
         model,
-        dataset(train),
+        dataset(train, augment=augmentation),
         dataset(validation),
         collate,
         rates={"": stage.learning_rate},
         labels=train.labels,
+        callbacks=[] if augmentation is None else [AugmentationEpochs(augmentation)],
         # An incomplete last batch has fewer negatives, and so another loss.
         drop_last=True,
     )
@@ -155,11 +163,15 @@ def prepare_multimodal(
         None if cached is None else torch.empty(0, model.vision_tower.num_tokens, model.vision_tower.hidden_size),
     )
     pad = processor.tokenizer.pad_token_id
-    parts: dict[str, Any] = {"train": dataset(train), "validation": dataset(validation), "collate": collate}
+    augmentation = new_augmentation(context.recipe)
+    training = partial(dataset, augment=augmentation)
+    parts: dict[str, Any] = {"train": training(train), "validation": dataset(validation), "collate": collate}
     parts |= {"labels": train.labels, "sampler": None}
     if context.recipe.data.streaming:
         stream = context.data.stream(stage)
-        parts["train"] = streamed(stream, dataset, batch_size=stage.batch_size, pad_token_id=pad)
+        parts["train"] = streamed(
+            stream, training, batch_size=stage.batch_size, pad_token_id=pad, augmentation=augmentation
+        )
         parts["labels"] = stream.labels
     elif stage.packing:
         seed = context.recipe.seed
@@ -170,6 +182,8 @@ def prepare_multimodal(
     elif stage.group_by != "none":
         parts["sampler"] = grouped_sampler(parts["train"], stage, seed=context.recipe.seed)
     callbacks: list[TrainerCallback] = [ExpertGraphUpdate()]
+    if augmentation is not None and not context.recipe.data.streaming:
+        callbacks.append(AugmentationEpochs(augmentation))
     if model.routing is not None:
         # A folder of its own: TensorBoard follows one growing file per folder.
         reports = context.recipe.monitor.report_to

@@ -9,6 +9,7 @@ from typing import Any
 from accelerate import PartialState
 from torch.utils.data import IterableDataset, get_worker_info
 
+from symphony_vlm.data.augmentation import Augmentation
 from symphony_vlm.data.mixture import MixturePart, SampleList
 from symphony_vlm.data.placeholders import placeholder_like
 from symphony_vlm.data.sample import Message, Sample, TextPart
@@ -40,6 +41,7 @@ class StreamedConversations(IterableDataset[Any]):
         rank: of this process.
         world_size: number of processes.
         pad_token_id: what a placeholder consists of.
+        augmentation: of the pictures; it is told how often a draw's source had been read to its end before.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class StreamedConversations(IterableDataset[Any]):
         rank: int,
         world_size: int,
         pad_token_id: int,
+        augmentation: Augmentation | None = None,
     ) -> None:
         self.stream = stream
         self.start = 0
@@ -58,6 +61,7 @@ class StreamedConversations(IterableDataset[Any]):
         self._prepare = prepare
         self._batch_size = batch_size
         self._rank = rank
+        self._augmentation = augmentation
         self._world_size = world_size
         # Of an item, so that it has the fields that the collator expects.
         self._placeholder = placeholder_like(prepare(_EXAMPLE), pad_token_id)
@@ -75,6 +79,8 @@ class StreamedConversations(IterableDataset[Any]):
         return map(self._item, draws)
 
     def _item(self, draw: Draw) -> Any:
+        if self._augmentation is not None:
+            self._augmentation.set_epoch(draw.rounds)
         try:
             item = {**self._prepare(draw.sample()), "sources": [draw.number]}
         except InputError as error:
@@ -85,7 +91,12 @@ class StreamedConversations(IterableDataset[Any]):
 
 
 def streamed(
-    stream: RecordStream, dataset: Callable[[SampleList], Any], *, batch_size: int, pad_token_id: int
+    stream: RecordStream,
+    dataset: Callable[[SampleList], Any],
+    *,
+    batch_size: int,
+    pad_token_id: int,
+    augmentation: Augmentation | None = None,
 ) -> StreamedConversations:
     """This process's share of a stream.
 
@@ -94,6 +105,7 @@ def streamed(
         dataset: makes a data set of samples; each record of the stream is prepared as the only item of one.
         batch_size: per process.
         pad_token_id: what a placeholder consists of.
+        augmentation: what ``dataset`` does to pictures.
     """
     return StreamedConversations(
         stream,
@@ -102,6 +114,7 @@ def streamed(
         rank=PartialState().process_index,
         world_size=PartialState().num_processes,
         pad_token_id=pad_token_id,
+        augmentation=augmentation,
     )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
+from symphony_vlm.data.augmentation import Augmentation
 from symphony_vlm.data.conversation import IGNORE_INDEX
 from symphony_vlm.data.grouping import EpochSampler
 from symphony_vlm.errors import InputError
@@ -28,7 +29,7 @@ from symphony_vlm.training.monitor import StageMonitor
 from symphony_vlm.training.streamed import StreamedConversations
 from symphony_vlm.training.validation import undisturbed
 
-__all__ = ["EpochOrder", "StageTrainer", "freeze_except", "parameter_groups"]
+__all__ = ["AugmentationEpochs", "EpochOrder", "StageTrainer", "freeze_except", "parameter_groups"]
 
 
 def freeze_except(model: nn.Module, rates: Mapping[str, float]) -> None:
@@ -92,18 +93,22 @@ def _checkpoint_bytes(model: nn.Module) -> int:
 
 
 class EpochOrder(TrainerCallback):
-    """Tells a sampler which epoch begins.
+    """Tells a sampler, or what changes pictures, which epoch begins.
 
     The data loader tells it too, but in a continued run with several processes its words stop at the wrapper that
     skips the batches already seen.
     """
 
-    def __init__(self, sampler: EpochSampler) -> None:
+    def __init__(self, sampler: EpochSampler | Augmentation) -> None:
         self._sampler = sampler
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """A continued epoch has a fraction."""
         self._sampler.set_epoch(int(state.epoch or 0))
+
+
+class AugmentationEpochs(EpochOrder):
+    """The same for what changes pictures; a class of its own, as a trainer takes one callback of each."""
 
 
 class StageTrainer(Trainer):

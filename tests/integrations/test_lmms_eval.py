@@ -19,7 +19,7 @@ from PIL import Image
 from rich.console import Console
 
 import symphony_vlm as sv
-from symphony_vlm.corruptions import corrupt, corruption_rng, image_key
+from symphony_vlm.corruptions import at_long_side, corrupt, corruption_rng, image_key
 from symphony_vlm.data.sample import ImagePart, Message, TextPart
 from symphony_vlm.data.scenes import generate_scenes
 from symphony_vlm.errors import InputError
@@ -372,6 +372,24 @@ def test_a_corruption_acts_on_every_picture_as_the_runners_functions_do(model_fo
     assert len(set(likelihoods)) == 3
 
 
+def test_corruptions_act_where_they_are_told_to(model_folder: Path, model: Any) -> None:
+    question, pixels = DOCUMENTS[0]["question"], np.asarray(DOCUMENTS[0]["image"])
+
+    def noisy(part: np.ndarray) -> np.ndarray:
+        return corrupt(part, "gaussian_noise", 5, corruption_rng(image_key(pixels), "gaussian_noise", 5, 0))
+
+    # 20 x 40 pixels are the middle 16 of 32 rows that the model sees.
+    assert pixels.shape == (20, 40, 3)
+    seen = model.processor.image_processor.prepare(Image.fromarray(pixels)).copy()
+    seen[8:24] = noisy(seen[8:24])
+    for place, expected in (("long_side:24", noisy(at_long_side(pixels, 24))), ("model_input", seen)):
+        built = _build(model_folder, f",corruption=gaussian_noise,severity=5,corrupt_at={place}")
+        assert built.perturbation["corrupt_at"] == place
+        assert np.array_equal(built._perturb(pixels), expected)
+        answer = model.chat(question, Image.fromarray(expected), max_new_tokens=NEW_TOKENS)
+        assert built.generate_until([_ask(0)]) == [answer]
+
+
 @pytest.mark.parametrize("arguments", ["", ",corruption=none", ",corruption=none,severity=0"])
 def test_no_corruption_is_recorded_as_none(model_folder: Path, arguments: str) -> None:
     perturbation = _build(model_folder, arguments).perturbation
@@ -388,7 +406,7 @@ def test_no_corruption_is_recorded_as_none(model_folder: Path, arguments: str) -
         (",severity=3", "severity=3 without a corruption"),
         (",corruption=common,severity=1", "'common' are 15; one process evaluates one"),
         (",corruption=fog,severity=1,corruption_seed=x", "corruption_seed='x' is no integer"),
-        (",corruption=fog,severity=1,corrupt_at=model_input", "corrupt_at='model_input' is not known, expected native"),
+        (",corruption=fog,severity=1,corrupt_at=model", "'model' is none of native, model_input, long_side:N"),
     ],
 )
 def test_wrong_arguments_are_named(model_folder: Path, arguments: str, complaint: str) -> None:
