@@ -31,6 +31,10 @@ def evaluate(
     image_folder: Annotated[Optional[Path], typer.Option(help="Base of the records' image paths.")] = None,  # noqa: UP045
     corruption: Annotated[str, typer.Option(help="Names separated by commas, common (15), all (19) or none.")] = "none",
     severity: Annotated[str, typer.Option(help="1 to 5, separated by commas.")] = "1,2,3,4,5",
+    attack: Annotated[
+        str,
+        typer.Option(help="Names with budgets, e.g. word_swap:0.1,typographic,option_permutation,pgd:4/255:10."),
+    ] = "none",
     limit: Annotated[
         int | None, typer.Option(help="About so many questions per cell, of whole pictures.", min=1)
     ] = None,
@@ -49,7 +53,7 @@ def evaluate(
     ] = 0,
     json_: Json = False,
 ) -> None:
-    """Evaluate a model, clean and on corrupted pictures; run the same command again to continue.
+    """Evaluate a model, clean, on corrupted pictures and under attack; run the same command again to continue.
 
     Example: symphony-vlm eval --model runs/quickstart/smoe/model --task scenes --corruption fog --output out
     """
@@ -60,6 +64,7 @@ def evaluate(
         raise InputError("neither a task nor data was given", where="eval", remedy="Add --task scenes or --data FILE.")
     corruptions = parse_corruptions(corruption)
     severities = _severities(severity)
+    from symphony_vlm.evaluation.attacks.catalogue import parse_attacks
     from symphony_vlm.evaluation.report import write_report
     from symphony_vlm.evaluation.runner import EvaluationPlan
     from symphony_vlm.evaluation.runner import evaluate as run
@@ -71,6 +76,7 @@ def evaluate(
         image_folder=image_folder,
         corruptions=tuple(corruptions),
         severities=severities,
+        attacks=parse_attacks(attack),
         limit=limit,
         seed=seed,
         batch_size=batch_size,

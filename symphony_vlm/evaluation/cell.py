@@ -14,6 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from symphony_vlm.evaluation.answer import Answer
+from symphony_vlm.evaluation.attacks.answering import answer_attacked
+from symphony_vlm.evaluation.attacks.attack import Attack
 from symphony_vlm.evaluation.attempts import Failure, attempt
 from symphony_vlm.evaluation.cells import Cell
 from symphony_vlm.evaluation.pictures import Picture, open_picture
@@ -53,6 +55,7 @@ def run_cell(
     *,
     batch_size: int = 64,
     processes: Processes = ALONE,
+    attack: Attack | None = None,
 ) -> list[Record]:
     """Answers and scores the items that ``path`` does not hold yet; returns the records of all.
 
@@ -67,6 +70,7 @@ def run_cell(
         advance: called with the number of this process's items done.
         batch_size: questions answered together; halved where the device's memory is too small.
         processes: who takes part; each answers the pictures that it owns.
+        attack: the one that the cell names, prepared for its task; it applies to all items.
 
     Returns:
         In the order of the items; nothing in processes other than the first.
@@ -75,10 +79,10 @@ def run_cell(
     done = {record["item_id"] for record in read_records(path)}
     todo = [item for item in mine if item.id not in done]
     advance(len(mine) - len(todo))
-    pictures = [list(group) for _, group in groupby(todo, key=lambda item: item.image_key)]
+    pictures = [list(group) for _, group in groupby(todo, key=lambda item: _picture_key(item, attack))]
     own_path = path if processes.size == 1 else part_path(path, processes.rank)
     with RecordWriter(own_path) as writer:
-        batches = _Batches(cell, predictor, batch_size, processes.rank)
+        batches = _Batches(cell, predictor, batch_size, processes.rank, attack)
         for start in range(0, len(pictures), IMAGES_AT_ONCE):
             chunk = [item for group in pictures[start : start + IMAGES_AT_ONCE] for item in group]
             for records in batches.records(chunk):
@@ -102,10 +106,14 @@ def answer_items(
 class _Batches:
     """Answers chunks of items in batches that fit the device's memory."""
 
-    def __init__(self, cell: Cell, predictor: AnswersItems, batch_size: int, rank: int) -> None:
+    def __init__(
+        self, cell: Cell, predictor: AnswersItems, batch_size: int, rank: int, attack: Attack | None = None
+    ) -> None:
         self._cell = cell
         self._predictor = predictor
-        self._batch_size = batch_size
+        self._attack = attack
+        most = attack.items_at_once if attack else None
+        self._batch_size = batch_size if most is None else min(batch_size, most)
         self._rank = rank
 
     def records(self, items: Sequence[EvaluationItem]) -> Iterator[list[Record]]:
@@ -129,16 +137,22 @@ class _Batches:
         """Opens the pictures of all items and encodes them together, each once."""
         opened: dict[str, tuple[Picture, ...] | Failure] = {}
         for item in items:
-            if item.image_key not in opened:
+            key = _picture_key(item, self._attack)
+            if key not in opened:
                 try:
-                    opened[item.image_key] = tuple(open_picture(ref, self._cell) for ref in item.images)
+                    opened[key] = self._open(item)
                 except Exception as error:
-                    opened[item.image_key] = Failure.of(error)
+                    opened[key] = Failure.of(error)
         good = {key: pictures for key, pictures in opened.items() if not isinstance(pictures, Failure)}
         flat = [picture.pixels for pictures in good.values() for picture in pictures]
         encoded = iter(attempt(self._predictor.encode_images, flat))
         features = {key: [next(encoded) for _ in pictures] for key, pictures in good.items()}
-        return [self._asked(item, opened[item.image_key], features.get(item.image_key, [])) for item in items]
+        keys = [_picture_key(item, self._attack) for item in items]
+        return [self._asked(i, opened[key], features.get(key, [])) for i, key in zip(items, keys, strict=True)]
+
+    def _open(self, item: EvaluationItem) -> tuple[Picture, ...]:
+        pictures = tuple(open_picture(ref, self._cell) for ref in item.images)
+        return pictures if self._attack is None else self._attack.shown(item, pictures, self._cell.seed)
 
     def _asked(self, item: EvaluationItem, pictures: tuple[Picture, ...] | Failure, features: Sequence[Any]) -> _Asked:
         if isinstance(pictures, Failure):
@@ -149,6 +163,8 @@ class _Batches:
         return _Asked(item, pictures, features=features or None)
 
     def _answer(self, batch: Sequence[_Asked]) -> Sequence[str]:
+        if self._attack is not None:
+            return answer_attacked(self._attack, self._cell, self._predictor, batch)
         return self._predictor.answer([one.item for one in batch], [one.features for one in batch])
 
     def _too_large(self, size: int) -> None:
@@ -157,6 +173,11 @@ class _Batches:
     def _record(self, asked: _Asked, answer: str | Failure | None, seconds: float) -> Record:
         when_and_where = {"seconds": round(seconds, 4), "rank": self._rank}
         return _record(self._cell, asked.item, answer, asked.pictures) | when_and_where
+
+
+def _picture_key(item: EvaluationItem, attack: Attack | None) -> str:
+    """What items share that are shown the same pictures."""
+    return item.id if attack is not None and attack.own_pictures else item.image_key
 
 
 def _record(cell: Cell, item: EvaluationItem, answer: str | Failure | None, pictures: Sequence[Picture]) -> Record:

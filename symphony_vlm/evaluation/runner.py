@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from symphony_vlm.corruptions import canary, find_frost_textures
+from symphony_vlm.evaluation.attacks.prepared import PreparedAttacks, attack_summary, require_gradients
 from symphony_vlm.evaluation.baselines import constant_baselines
 from symphony_vlm.evaluation.batch_check import check_batches
 from symphony_vlm.evaluation.cell import run_cell
@@ -91,18 +92,22 @@ def evaluate(plan: EvaluationPlan, output: Path, *, console: Console | None = No
     cells = [cell for task in tasks for cell in _cells(task, plan)]
     with processes.first_before_others():
         items = {task.name: list(task.load(plan.data, plan.image_folder, output / "data", plan.seed)) for task in tasks}
+    attacks = PreparedAttacks.of_tasks(plan.attacks, items)
     model = open_model(plan.model, device=_device(processes))
+    require_gradients(plan.attacks, model)
     manifest: dict[str, Any] = {}
     with processes.first_before_others():
         if processes.first:
             manifest = check_manifest(plan, output, items)
             for cell in cells:  # what an earlier start has left, of however many processes
                 merge_records(output / "predictions" / cell.file_name)
-    rows, errors = _run_cells(plan, output, cells, items, model, processes, console)
+    rows, errors = _run_cells(plan, output, cells, items, model, processes, console, attacks)
     if processes.first:
         surroundings = _surroundings(plan, manifest, model, processes, time.monotonic() - start)
         baselines = [b for task in tasks for b in constant_baselines(task.name, items[task.name], seed=plan.seed)]
         document = {"results": rows, "baselines": baselines, "provenance": surroundings}
+        if plan.attacks:
+            document["attacks"] = attack_summary(cells, output / "predictions")
         if plan.check_batch:
             document["batch_check"] = _check_batches(plan, output, cells, items, model, console)
         write_json(output / "results.json", document)
@@ -121,11 +126,12 @@ def _run_cells(
     model: OpenedModel,
     processes: Processes,
     console: Console,
+    attacks: PreparedAttacks,
 ) -> tuple[list[dict[str, Any]], Counter[str]]:
     """Rows of results, none in processes other than the first, and how many items failed of what."""
     start = time.monotonic()
     router = model.router
-    chosen = {cell.file_name: _choose(items[cell.task.name], plan, cell) for cell in cells}
+    chosen = {cell.file_name: attacks.items(cell, _choose(items[cell.task.name], plan, cell)) for cell in cells}
     total = sum(processes.owns(item) for listed in chosen.values() for item in listed)
     rows: list[dict[str, Any]] = []
     errors: Counter[str] = Counter()
@@ -144,10 +150,11 @@ def _run_cells(
                 advance,
                 batch_size=plan.batch_size,
                 processes=processes,
+                attack=attacks.of(cell),
             )
             if not processes.first:
                 continue
-            of_cell = cell_results(plan, cell, router, chosen[cell.file_name], records)
+            of_cell = cell_results(plan, cell, router, chosen[cell.file_name], records, attacks.of(cell))
             rows += of_cell
             errors.update(record["error"]["type"] for record in records if record["error"])
             if not console.is_terminal:
@@ -173,7 +180,7 @@ def _check_batches(
             batch_size=plan.batch_size,
         )
         for cell in cells
-        if cell.severity == 0
+        if cell.is_clean
     ]
     for one in found:
         console.print(
@@ -193,7 +200,11 @@ def _predictor(model: OpenedModel, task: Task, plan: EvaluationPlan, batch_size:
 
 def _cells(task: Task, plan: EvaluationPlan) -> list[Cell]:
     grid = [("none", 0)] + [(name, severity) for name in plan.corruptions for severity in plan.severities]
-    return [Cell(task=task, corruption=name, severity=severity, seed=plan.seed) for name, severity in grid]
+    return [
+        Cell(task=task, corruption=name, severity=severity, seed=plan.seed, attack=attack)
+        for attack in ("none", *(attack.spec for attack in plan.attacks))
+        for name, severity in grid
+    ]
 
 
 def _choose(items: Sequence[EvaluationItem], plan: EvaluationPlan, cell: Cell) -> list[EvaluationItem]:
@@ -206,7 +217,7 @@ def _choose(items: Sequence[EvaluationItem], plan: EvaluationPlan, cell: Cell) -
         # The last part of a path, not all of it: another folder must give the same subset.
         return hashlib.sha256(f"{plan.seed}/{key.rpartition('/')[2]}".encode()).hexdigest()
 
-    limit = plan.limit if cell.severity == 0 or plan.corrupted_limit is None else plan.corrupted_limit
+    limit = plan.limit if cell.is_clean or plan.corrupted_limit is None else plan.corrupted_limit
     chosen: list[EvaluationItem] = []
     for key in sorted(groups, key=rank):
         if limit is not None and len(chosen) >= limit:
@@ -251,7 +262,8 @@ def _summary(results: Path, errors: Counter[str], processes: Processes) -> Evalu
     """From the file, which every process can read."""
     headlines: dict[str, dict[str, Any]] = {}
     for row in json.loads(results.read_text())["results"]:
-        headlines.setdefault(f"{row['task']}/{row['corruption']}/{row['severity']}", row)
+        attack = "" if row["attack"] == "none" else f"/{row['attack']}"
+        headlines.setdefault(f"{row['task']}/{row['corruption']}/{row['severity']}{attack}", row)
     return EvaluationSummary(
         results=results,
         headline={cell: row["value"] for cell, row in headlines.items()},
@@ -264,4 +276,5 @@ def _summary(results: Path, errors: Counter[str], processes: Processes) -> Evalu
 def _print_cell(console: Console, row: dict[str, Any], cell: Cell, done: int, total: int, seconds: float) -> None:
     shown = "no score" if row["value"] is None else f"{row['value']:.3f} [{row['ci_low']:.3f}, {row['ci_high']:.3f}]"
     left = (total - done) * seconds / max(done, 1)
-    console.print(f"{cell.task.name} {cell.corruption} {cell.severity}: {shown}  ({done}/{total}, {left:.0f} s left)")
+    name = f"{cell.task.name} {cell.corruption} {cell.severity}" + ("" if cell.attack == "none" else f" {cell.attack}")
+    console.print(f"{name}: {shown}  ({done}/{total}, {left:.0f} s left)")
