@@ -85,7 +85,7 @@ class ReferenceLoss:
         with torch.enable_grad(), _frozen(self._model):
             loss = self(variable)
             (gradient,) = torch.autograd.grad(loss, variable)
-        return float(loss), gradient
+        return float(loss.detach()), gradient
 
     @torch.no_grad()
     def value(self, z_N3HW: Tensor) -> float:
