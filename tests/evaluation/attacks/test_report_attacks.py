@@ -34,7 +34,7 @@ def _records(folder: Path, name: str) -> list[dict[str, Any]]:
 
 
 def _add_attack(folder: Path, corruption: str = "none", severity: int = 0, attack: str = ATTACK) -> None:
-    """An attack that turns a third of the right answers wrong and a twentieth of the wrong right; three items are missing."""
+    """Turns a third of the right answers wrong and a twentieth of the wrong right; three items are missing."""
     rng = np.random.default_rng(5)
     attacked = []
     for record in _records(folder, f"scenes.{corruption}.{severity}.jsonl")[3:]:
