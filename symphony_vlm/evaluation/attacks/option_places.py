@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -42,16 +41,26 @@ def option_places(item: EvaluationItem) -> OptionPlaces | None:
     if not choices or not all(choices) or len(choices) > 26:
         return None
     for before, after in _MARKS:
-        found: list[re.Match[str]] = []
-        position = 0
+        marks: list[int] = []
+        spans: list[tuple[int, int]] = []
         for letter, choice in zip(letters(len(choices)), choices, strict=True):
-            mark = rf"(?<!\S){re.escape(before + letter + after)}\s*"
-            match = re.compile(f"{mark}({re.escape(choice)})").search(item.question, position)
-            if match is None:
+            place = _find(item.question, before + letter + after, choice, spans[-1][1] if spans else 0)
+            if place is None:
                 break
-            found.append(match)
-            position = match.end()
-        if len(found) == len(choices):
-            spans = tuple(match.span(1) for match in found)
-            return OptionPlaces(text=item.question, start=found[0].start(), spans=spans)
+            marks.append(place[0])
+            spans.append((place[1], place[1] + len(choice)))
+        if len(spans) == len(choices):
+            return OptionPlaces(text=item.question, start=marks[0], spans=tuple(spans))
+    return None
+
+
+def _find(text: str, mark: str, choice: str, position: int) -> tuple[int, int] | None:
+    """Where the mark stands at the beginning of a word with the choice behind it, and where that begins."""
+    while (start := text.find(mark, position)) >= 0:
+        after = start + len(mark)
+        while after < len(text) and text[after].isspace():
+            after += 1
+        if (start == 0 or text[start - 1].isspace()) and text.startswith(choice, after):
+            return start, after
+        position = start + 1
     return None

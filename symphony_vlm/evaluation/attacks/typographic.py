@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,6 +17,7 @@ from symphony_vlm.evaluation.attacks.word_swap import decimal_text
 from symphony_vlm.evaluation.item import EvaluationItem
 from symphony_vlm.evaluation.pictures import Picture
 from symphony_vlm.evaluation.predictor import AnswersItems
+from symphony_vlm.evaluation.rules.letters import letters
 
 __all__ = ["Overlay", "Typographic", "draw_overlay"]
 
@@ -63,8 +64,10 @@ class Typographic(Attack):
     own_pictures: ClassVar[bool] = True
     size: float = 0.15
     opacity: float = 1.0
-    answers: tuple[tuple[str | None, str], ...] = ()
-    """(group, answer) of the task, from `prepared`."""
+    by_group: Mapping[str | None, tuple[str, ...]] = field(default_factory=dict)
+    """Answers of the task by group, sorted, from `prepared`."""
+    answers: tuple[str, ...] = ()
+    """All of them."""
 
     @property
     def spec(self) -> str:
@@ -82,11 +85,16 @@ class Typographic(Attack):
 
     def prepared(self, items: Sequence[EvaluationItem]) -> Attack:
         """With the answers that may be written on other questions' pictures."""
-        return replace(self, answers=tuple(sorted({(i.group, _first(i)) for i in items if i.answers}, key=repr)))
+        groups: dict[str | None, set[str]] = {}
+        for item in items:
+            if item.answers and _can_be_written(_first(item)):
+                groups.setdefault(item.group, set()).add(_first(item))
+        every = tuple(sorted(set().union(*groups.values())))
+        return replace(self, by_group={name: tuple(sorted(found)) for name, found in groups.items()}, answers=every)
 
     def applies_to(self, item: EvaluationItem) -> bool:
         """A picture, and a wrong answer that the font can write."""
-        return bool(item.images) and bool(self._candidates(item))
+        return bool(item.images) and self._wrong_answer(item, 0.0) is not None
 
     def shown(self, item: EvaluationItem, pictures: Sequence[Picture], seed: int) -> tuple[Picture, ...]:
         """The first picture with the text on it."""
@@ -119,8 +127,8 @@ class Typographic(Attack):
         """Which text and where: a function of picture, question, size and seed."""
         key = hashlib.sha256(f"{picture.sha256}\n{item.id}".encode()).hexdigest()
         rng = corruption_rng(key, self.name, decimal_text(self.size), seed)
-        candidates = self._candidates(item)
-        text = candidates[int(rng.integers(0, len(candidates)))]
+        text = self._wrong_answer(item, float(rng.random()))
+        assert text is not None  # only items it applies to are attacked
         height, width = picture.pixels.shape[:2]
         font_size = max(SMALLEST_FONT, round(self.size * min(height, width)))
         while font_size > SMALLEST_FONT and _extent(text, font_size)[0] > width:
@@ -129,28 +137,31 @@ class Typographic(Attack):
         top = int(rng.integers(0, max(1, height - high + 1)))
         return Overlay(text=text, font_size=font_size, top=top, left=int(rng.integers(0, max(1, width - wide + 1))))
 
-    def _candidates(self, item: EvaluationItem) -> list[str]:
-        """Wrong answers, sorted."""
-        right = {_plain(answer) for answer in item.answers}
+    def _wrong_answer(self, item: EvaluationItem, draw: float) -> str | None:
+        """One that can be written, by a draw in [0, 1); None if there is none."""
+        right = {_plain(answer) for answer in (*item.answers, _first(item))}
+        for pool in self._pools(item):
+            start = int(draw * len(pool))
+            # A right one may stand there. Filtering the pool of a large benchmark for each question would take hours.
+            for step in range(len(pool)):
+                text = pool[(start + step) % len(pool)]
+                if _plain(text) not in right:
+                    return text
+        return None
+
+    def _pools(self, item: EvaluationItem) -> Iterator[Sequence[str]]:
+        """Where the wrong answer is taken from, the first that has one."""
         if item.choices:
-            right |= {_plain(_first(item))}
-            found = {choice.strip() for choice in item.choices}
-        elif right and right <= {"yes", "no"}:
-            found = {"yes", "no"}
+            yield sorted({choice.strip() for choice in item.choices if _can_be_written(choice.strip())})
+        elif _plain(_first(item)) in ("yes", "no"):
+            yield ("no", "yes")
         else:
-            groups: dict[bool, set[str]] = {True: set(), False: set()}
-            for group, answer in self.answers:
-                if _plain(answer) not in right:
-                    groups[group == item.group].add(answer)
-            same = {answer for answer in groups[True] if _can_be_written(answer)}
-            found = same or groups[False]
-        return sorted(text for text in found if _plain(text) not in right and _can_be_written(text))
+            yield self.by_group.get(item.group, ())
+            yield self.answers
 
 
 def _first(item: EvaluationItem) -> str:
     """The reference as text: of a letter the option's."""
-    from symphony_vlm.evaluation.rules.letters import letters
-
     names = letters(min(len(item.choices), 26))
     answer = item.answers[0] if item.answers else ""
     return item.choices[names.index(answer)].strip() if answer in tuple(names) else answer
