@@ -164,7 +164,7 @@ class _Batches:
 
     def _answer(self, batch: Sequence[_Asked]) -> Sequence[str]:
         if self._attack is not None:
-            return answer_attacked(self._attack, self._cell, self._predictor, batch)
+            return answer_attacked(self._attack, self._cell, self._predictor, batch, at_once=self._batch_size)
         return self._predictor.answer([one.item for one in batch], [one.features for one in batch])
 
     def _too_large(self, size: int) -> None:

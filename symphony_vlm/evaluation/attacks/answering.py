@@ -32,7 +32,9 @@ class Encoded(Protocol):
         """What it makes of them."""
 
 
-def answer_attacked(attack: Attack, cell: Cell, predictor: AnswersItems, batch: Sequence[Encoded]) -> list[Answer]:
+def answer_attacked(
+    attack: Attack, cell: Cell, predictor: AnswersItems, batch: Sequence[Encoded], *, at_once: int
+) -> list[Answer]:
     """For each item the answer that counts.
 
     Args:
@@ -40,6 +42,7 @@ def answer_attacked(attack: Attack, cell: Cell, predictor: AnswersItems, batch: 
         cell: what is evaluated; its task scores the answers, its seed is the attack's.
         predictor: the model.
         batch: items that the attack applies to.
+        at_once: questions asked together, which an attack that asks in many ways makes of few items.
 
     Returns:
         Answers whose facts have ``attack_facts``, and in the place of the item's own the question as it was asked,
@@ -47,7 +50,11 @@ def answer_attacked(attack: Attack, cell: Cell, predictor: AnswersItems, batch: 
     """
     posed = [attack.pose(one.item, one.pictures, one.features, predictor, cell.seed) for one in batch]
     flat = [way for ways in posed for way in ways]
-    answers = iter(predictor.answer([way.item for way in flat], [way.features for way in flat]))
+    given: list[str] = []
+    for start in range(0, len(flat), at_once):
+        ways = flat[start : start + at_once]
+        given += predictor.answer([way.item for way in ways], [way.features for way in ways])
+    answers = iter(given)
     return [_concluded(attack, cell, ways, [next(answers) for _ in ways]) for ways in posed]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import re
 from collections.abc import Callable
@@ -19,8 +20,13 @@ from symphony_vlm.data.scenes import generate_scenes
 from symphony_vlm.errors import InputError
 from symphony_vlm.evaluation import cell as cell_module
 from symphony_vlm.evaluation.attacks.catalogue import parse_attacks
+from symphony_vlm.evaluation.cell import run_cell
+from symphony_vlm.evaluation.cells import Cell
+from symphony_vlm.evaluation.opening import open_model
 from symphony_vlm.evaluation.predictor import Predictor
+from symphony_vlm.evaluation.processes import Processes
 from symphony_vlm.evaluation.runner import EvaluationPlan, EvaluationSummary, evaluate
+from symphony_vlm.evaluation.task import get_task
 
 Run = Callable[..., EvaluationSummary]
 ATTACKS = "word_swap:0.3,typographic,option_permutation,pgd:8/255:2"
@@ -148,11 +154,11 @@ def test_a_killed_attack_goes_on_where_it_stopped(
     class Killed(BaseException):
         pass
 
-    def kill_at_third(*arguments: Any) -> Any:
+    def kill_at_third(*arguments: Any, **more: Any) -> Any:
         batches.append(len(arguments[3]))
         if len(batches) == 3:
             raise Killed
-        return whole(*arguments)
+        return whole(*arguments, **more)
 
     monkeypatch.setattr(cell_module, "answer_attacked", kill_at_third)
     with pytest.raises(Killed):
@@ -164,7 +170,9 @@ def test_a_killed_attack_goes_on_where_it_stopped(
         file.write('{"item_id": "torn')
     batches.clear()
     monkeypatch.setattr(
-        cell_module, "answer_attacked", lambda *arguments: batches.append(len(arguments[3])) or whole(*arguments)
+        cell_module,
+        "answer_attacked",
+        lambda *arguments, **more: batches.append(len(arguments[3])) or whole(*arguments, **more),
     )
     run(tmp_path, attacks=parse_attacks(attack), batch_size=2)
     assert sum(batches) == 4, "what was answered is not attacked again"
@@ -241,3 +249,37 @@ def test_the_command_takes_attacks_and_refuses_bad_budgets(
     assert not stop.value.code
     headline = json.loads(capsys.readouterr().out)["headline"]
     assert set(headline) == {"multiple_choice/none/0", "multiple_choice/none/0/word_swap:0.5"}
+
+
+@pytest.mark.parametrize("spec", ["typographic", "option_permutation", "pgd:8/255:2"])
+def test_two_processes_write_what_one_writes(
+    spec: str, run: Run, choices: Path, finished: Path, tmp_path: Path
+) -> None:
+    task = get_task("multiple_choice")
+    items = task.load(choices, choices.parent, tmp_path, 0)
+    attack = parse_attacks(spec)[0].prepared(items)
+    cell = Cell(task=task, corruption="none", severity=0, seed=0, attack=attack.spec)
+    model = open_model(str(json.loads((finished / "manifest.json").read_text())["model"]))
+    path = tmp_path / cell.file_name
+    for rank in (1, 0):
+        predictor = model.predictor(batch_size=3, max_new_tokens=2)
+        processes = Processes(rank=rank, size=2)
+        run_cell(cell, items, predictor, path, lambda done: None, batch_size=3, processes=processes, attack=attack)
+    found = re.sub(r', "seconds": [0-9.e-]+, "rank": \d+', "", path.read_text())
+    assert found == _texts(finished)[cell.file_name]
+
+
+def test_models_of_transformers_are_attacked_but_for_gradients(choices: Path, run: Run, tmp_path: Path) -> None:
+    path = Path(__file__).resolve().parents[1] / "stock_models.py"
+    spec = importlib.util.spec_from_file_location("stock_models", path)
+    assert spec is not None and spec.loader is not None
+    stock_models = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(stock_models)
+    folder = str(stock_models.llava(tmp_path / "llava"))
+    with pytest.raises(InputError, match="needs the gradient at the pixels.*llava"):
+        run(tmp_path / "out", model=folder, attacks=parse_attacks("pgd"))
+    run(tmp_path / "out", model=folder, attacks=parse_attacks("option_permutation,typographic,word_swap:0.3"))
+    for attack in ("option_permutation", "typographic", "word_swap_0.3"):
+        records = _records(tmp_path / "out", attack)
+        assert all(record["error"] is None for record in records.values())
+        assert len(records) == 8
