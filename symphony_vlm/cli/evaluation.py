@@ -37,6 +37,10 @@ def evaluate(
     corrupt_at: Annotated[
         str, typer.Option(help="native, long_side:N (every picture resized to that first) or model_input.")
     ] = "native",
+    attack: Annotated[
+        str,
+        typer.Option(help="Names with budgets, e.g. word_swap:0.1,typographic,option_permutation,pgd:4/255:10."),
+    ] = "none",
     limit: Annotated[
         int | None, typer.Option(help="About so many questions per cell, of whole pictures.", min=1)
     ] = None,
@@ -61,7 +65,7 @@ def evaluate(
     ] = 0,
     json_: Json = False,
 ) -> None:
-    """Evaluate models, clean and on corrupted pictures; run the same command again to continue.
+    """Evaluate models, clean, on corrupted pictures and under attack; run the same command again to continue.
 
     Example: symphony-vlm eval --model runs/quickstart/smoe/model --task scenes --corruption fog --output out
     """
@@ -74,6 +78,7 @@ def evaluate(
         raise InputError("the budget chooses the limit", where="--limit", remedy="Leave out --limit or --budget.")
     corruptions = parse_corruptions(corruption)
     severities = _severities(severity)
+    from symphony_vlm.evaluation.attacks.catalogue import parse_attacks
     from symphony_vlm.evaluation.report import write_report
     from symphony_vlm.evaluation.runner import EvaluationPlan
     from symphony_vlm.evaluation.runner import evaluate as run
@@ -86,6 +91,7 @@ def evaluate(
         corruptions=tuple(corruptions),
         severities=severities,
         corrupt_at=parse_corrupt_at(corrupt_at),
+        attacks=parse_attacks(attack),
         limit=limit,
         budget_minutes=budget,
         seed=seed,

@@ -14,6 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from symphony_vlm.evaluation.answer import Answer
+from symphony_vlm.evaluation.attacks.answering import answer_attacked
+from symphony_vlm.evaluation.attacks.attack import Attack
 from symphony_vlm.evaluation.attempts import Failure, attempt
 from symphony_vlm.evaluation.cells import Cell
 from symphony_vlm.evaluation.pictures import OpenedPictures, Picture
@@ -62,10 +64,13 @@ def run_cell(
     *,
     batch_size: int = 64,
     processes: Processes = ALONE,
+    attack: Attack | None = None,
 ) -> list[Record]:
     """`run_cell_together` for one model; returns its records."""
     respondents = [Respondent(predictor=predictor, path=path)]
-    (records,) = run_cell_together(cell, items, respondents, advance, batch_size=batch_size, processes=processes)
+    (records,) = run_cell_together(
+        cell, items, respondents, advance, batch_size=batch_size, processes=processes, attack=attack
+    )
     return records
 
 
@@ -79,6 +84,7 @@ def run_cell_together(
     processes: Processes = ALONE,
     already: Callable[[int], None] | None = None,
     after_chunk: Callable[[], None] = lambda: None,
+    attack: Attack | None = None,
 ) -> list[list[Record]]:
     """Answers and scores the items that files do not hold yet; returns the records of all, by model.
 
@@ -95,6 +101,7 @@ def run_cell_together(
         processes: who takes part; each answers the pictures that it owns.
         already: called with the number of this process's answers that files hold; default: `advance`.
         after_chunk: called when no model needs a chunk's pictures any more.
+        attack: the one that the cell names, prepared for its task; it applies to all items.
 
     Returns:
         For each model its records in the order of the items; nothing in processes other than the first.
@@ -103,11 +110,11 @@ def run_cell_together(
     done = [{record["item_id"] for record in read_records(one.path)} for one in respondents]
     (already or advance)(sum(item.id in answered for answered in done for item in mine))
     todo = [item for item in mine if any(item.id not in answered for answered in done)]
-    pictures = [list(group) for _, group in groupby(todo, key=lambda item: item.image_key)]
+    pictures = [list(group) for _, group in groupby(todo, key=lambda item: _picture_key(item, attack))]
     with ExitStack() as files:
         answering = [
             (
-                _Batches(cell, one.predictor, batch_size, processes.rank),
+                _Batches(cell, one.predictor, batch_size, processes.rank, attack),
                 files.enter_context(RecordWriter(_own_path(one.path, processes))),
                 answered,
             )
@@ -149,10 +156,14 @@ def answer_items(
 class _Batches:
     """Answers chunks of items in batches that fit the device's memory."""
 
-    def __init__(self, cell: Cell, predictor: AnswersItems, batch_size: int, rank: int) -> None:
+    def __init__(
+        self, cell: Cell, predictor: AnswersItems, batch_size: int, rank: int, attack: Attack | None = None
+    ) -> None:
         self._cell = cell
         self._predictor = predictor
-        self._batch_size = batch_size
+        self._attack = attack
+        most = attack.items_at_once if attack else None
+        self._batch_size = batch_size if most is None else min(batch_size, most)
         self._rank = rank
 
     def records(self, items: Sequence[EvaluationItem], opened: OpenedPictures) -> Iterator[list[Record]]:
@@ -174,12 +185,25 @@ class _Batches:
 
     def _encode(self, items: Sequence[EvaluationItem], opened: OpenedPictures) -> list[_Asked]:
         """Encodes the pictures of all items together, each once."""
-        shown = {item.image_key: opened.of(item, self._predictor) for item in items}
+        keys = [_picture_key(item, self._attack) for item in items]
+        shown: dict[str, tuple[Picture, ...] | Failure] = {}
+        for key, item in zip(keys, items, strict=True):
+            if key not in shown:
+                shown[key] = self._shown(item, opened)
         good = {key: pictures for key, pictures in shown.items() if not isinstance(pictures, Failure)}
         flat = [picture.pixels for pictures in good.values() for picture in pictures]
         encoded = iter(attempt(self._predictor.encode_images, flat))
         features = {key: [next(encoded) for _ in pictures] for key, pictures in good.items()}
-        return [self._asked(item, shown[item.image_key], features.get(item.image_key, [])) for item in items]
+        return [self._asked(i, shown[key], features.get(key, [])) for i, key in zip(items, keys, strict=True)]
+
+    def _shown(self, item: EvaluationItem, opened: OpenedPictures) -> tuple[Picture, ...] | Failure:
+        pictures = opened.of(item, self._predictor)
+        if self._attack is None or isinstance(pictures, Failure):
+            return pictures
+        try:
+            return self._attack.shown(item, pictures, self._cell.seed)
+        except Exception as error:
+            return Failure.of(error)
 
     def _asked(self, item: EvaluationItem, pictures: tuple[Picture, ...] | Failure, features: Sequence[Any]) -> _Asked:
         if isinstance(pictures, Failure):
@@ -190,6 +214,8 @@ class _Batches:
         return _Asked(item, pictures, features=features or None)
 
     def _answer(self, batch: Sequence[_Asked]) -> Sequence[str]:
+        if self._attack is not None:
+            return answer_attacked(self._attack, self._cell, self._predictor, batch, at_once=self._batch_size)
         return self._predictor.answer([one.item for one in batch], [one.features for one in batch])
 
     def _too_large(self, size: int) -> None:
@@ -198,6 +224,11 @@ class _Batches:
     def _record(self, asked: _Asked, answer: str | Failure | None, seconds: float) -> Record:
         when_and_where = {"seconds": round(seconds, 4), "rank": self._rank}
         return _record(self._cell, asked.item, answer, asked.pictures) | when_and_where
+
+
+def _picture_key(item: EvaluationItem, attack: Attack | None) -> str:
+    """What items share that are shown the same pictures."""
+    return item.id if attack is not None and attack.own_pictures else item.image_key
 
 
 def _record(cell: Cell, item: EvaluationItem, answer: str | Failure | None, pictures: Sequence[Picture]) -> Record:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from symphony_vlm.evaluation.attacks.attack import Attack
 from symphony_vlm.evaluation.cells import Cell
 from symphony_vlm.evaluation.item import EvaluationItem, Outcome, Scored
 from symphony_vlm.evaluation.metrics import Metric, metric_intervals
@@ -16,7 +17,12 @@ __all__ = ["cell_results"]
 
 
 def cell_results(
-    plan: EvaluationPlan, cell: Cell, router: str, items: Sequence[EvaluationItem], records: Sequence[Record]
+    plan: EvaluationPlan,
+    cell: Cell,
+    router: str,
+    items: Sequence[EvaluationItem],
+    records: Sequence[Record],
+    attack: Attack | None = None,
 ) -> list[dict[str, Any]]:
     """The task's figures, headline first; those of groups (``accuracy/colour``) for the clean cell only.
 
@@ -28,7 +34,13 @@ def cell_results(
         router: the model's, or ``dense``.
         items: of the cell.
         records: one for each item.
+        attack: the cell's; its own figures follow the task's.
     """
+    if attack is not None:
+        items = [
+            item if record["prediction"] is None else attack.asked(item, record)
+            for item, record in zip(items, records, strict=True)
+        ]
     outcomes = [
         Outcome(item=item, prediction=record["prediction"], scored=cell.task.score(record["prediction"], item))
         for item, record in zip(items, records, strict=True)
@@ -38,7 +50,9 @@ def cell_results(
     everything = [
         Outcome(item=item, prediction=None, scored=Scored(score=0.0, parsed="", status="error")) for item in items
     ]
-    metrics = [m for m in cell.task.metrics(outcomes or everything) if cell.severity == 0 or "/" not in m.name]
+    metrics = [m for m in cell.task.metrics(outcomes or everything) if cell.is_clean or "/" not in m.name]
+    if attack is not None:
+        metrics += attack.metrics({record["item_id"]: record for record in records})
     reason = _no_score(len(items) - len(outcomes), len(items), plan.max_errors)
     intervals = metric_intervals(metrics, outcomes, seed=plan.seed) if outcomes and reason is None else {}
     by_id = {record["item_id"]: record for record in records}
@@ -77,6 +91,7 @@ def _row(
         "split": cell.task.split,
         "corruption": cell.corruption,
         "severity": cell.severity,
+        "attack": cell.attack,
         "metric": metric.name,
         "value": interval.value if interval else None,
         "higher_is_better": metric.higher_is_better,

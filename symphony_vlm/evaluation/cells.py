@@ -25,4 +25,10 @@ class Cell:
     @property
     def file_name(self) -> str:
         """Name of the cell's predictions file."""
-        return f"{self.task.name}.{self.corruption}.{self.severity}.jsonl"
+        attack = "" if self.attack == "none" else "." + self.attack.replace("/", "-").replace(":", "_")
+        return f"{self.task.name}.{self.corruption}.{self.severity}{attack}.jsonl"
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether nothing is done to its pictures and questions."""
+        return self.severity == 0 and self.attack == "none"

@@ -32,6 +32,8 @@ class EvaluationItem:
     """What the benchmark's metrics need besides: split, category, whether there is an image."""
     cluster: str = ""
     """The unit of resampling where questions about several pictures are scored together (HallusionBench's sets)."""
+    asked: str = ""
+    """The question alone, as it stands in `question`, where a hint that text attacks leave stands before it."""
 
     @property
     def messages(self) -> list[Message]:

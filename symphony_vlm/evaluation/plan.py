@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from symphony_vlm.errors import InputError
+from symphony_vlm.evaluation.attacks.attack import Attack
 from symphony_vlm.evaluation.item import EvaluationItem
 from symphony_vlm.files import write_json
 from symphony_vlm.model.loading import resolve_model_folder
@@ -36,6 +37,8 @@ class EvaluationPlan:
     """At most about so many questions per clean cell, whole pictures of a seeded order."""
     corrupted_limit: int | None = None
     """The same for corrupted cells; default: `limit`. Its pictures are the first of the clean cell's."""
+    attacks: tuple[Attack, ...] = ()
+    """Each is combined with the clean and with every corrupted cell."""
     budget_minutes: float | None = None
     """Choose `limit` so that everything ends in so many minutes."""
     budget: Mapping[str, Any] | None = None
@@ -66,6 +69,18 @@ def check_manifest(plan: EvaluationPlan, output: Path, items: Mapping[str, Seque
                 where=str(output),
                 remedy="Give another --output.",
             )
+    attacks = {attack.spec: attack.parameters for attack in plan.attacks}
+    if attacks:
+        # As with corruptions, another start may add some; the same name must stand for the same attack.
+        known = found.get("attacks", {})
+        for spec in attacks.keys() & known.keys():
+            if attacks[spec] != known[spec]:
+                raise InputError(
+                    f"{spec} was another attack when the folder was begun: {known[spec]}, now {attacks[spec]}",
+                    where=str(output),
+                    remedy="Give another --output.",
+                )
+        manifest["attacks"] = known | attacks
     write_json(path, found | manifest)
     return manifest
 

@@ -64,6 +64,11 @@ class Predictor:
         self._options = options
         self._encoder = encoder
 
+    @property
+    def model(self) -> SymphonyVLMForConditionalGeneration:
+        """The model that answers."""
+        return self._model
+
     @torch.no_grad()
     def encode_images(self, images: Sequence[np.ndarray]) -> list[Tensor]:
         """Features of uint8 ``[H, W, 3]`` images as the language model reads them, ``[n_i, D]`` each."""

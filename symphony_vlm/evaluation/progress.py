@@ -57,7 +57,8 @@ class EvaluationProgress:
         score, low, high = row["value"], row["ci_low"], row["ci_high"]
         shown = "no score" if score is None else f"{score:.3f} [{low:.3f}, {high:.3f}]"
         done = self._kept + self._answered
-        where = f"{label}{cell.task.name} {cell.corruption} {cell.severity}"
+        attack = "" if cell.attack == "none" else f" {cell.attack}"
+        where = f"{label}{cell.task.name} {cell.corruption} {cell.severity}{attack}"
         self._console.print(f"{where}: {shown}  ({done}/{self._total}{', ' if self.pace else ''}{self.pace})")
 
     @property

@@ -10,6 +10,7 @@ from typing import Any
 
 from symphony_vlm.errors import InputError
 from symphony_vlm.evaluation.comparison import robustness_summary
+from symphony_vlm.evaluation.report_attacks import attack_figures, attack_tables, attack_warnings
 from symphony_vlm.evaluation.report_data import Evaluation, ReportData, collect, load_evaluation
 from symphony_vlm.evaluation.report_page import page
 from symphony_vlm.evaluation.report_samples import choose_samples
@@ -49,9 +50,14 @@ def write_report(
     if output.exists() and not output.is_dir():
         raise InputError("the output is a file, expected a folder", where=str(output))
     data = collect(_baseline_first(evaluations, baseline))
-    robustness = robustness_summary(data.scores, resampling or Resampling())
-    warnings = find_warnings(data, robustness)
+    resampling = resampling or Resampling()
+    robustness = robustness_summary(data.scores, resampling)
+    warnings = [*find_warnings(data, robustness), *attack_warnings(data)]
     tables = build_tables(data, robustness)
+    if data.attacked_rows:
+        figures = attack_figures(data, resampling)
+        robustness = {**robustness, "attacks": figures}
+        tables += attack_tables(data, figures)
     sections = build_sections(data, robustness, tables, choose_samples(data), warnings)
     tasks = ", ".join(dict.fromkeys(scores.task for scores in data.scores))
     html = page(
@@ -97,12 +103,13 @@ def _merged(
 ) -> dict[str, Any]:
     """One evaluation keeps its own fields; several share what can be shared and list the rest."""
     derived = {**robustness, "warnings": list(warnings)}
+    rows = [*data.rows, *data.attacked_rows]
     if len(evaluations) == 1:
         document = evaluations[0].document
         old = document.get("robustness")
         # Another program's figures (routing drift) stay beside ours.
         derived = {**(old if isinstance(old, dict) else {}), **derived}
-        return {**document, "results": list(data.rows), "robustness": derived}
+        return {**document, "results": rows, "robustness": derived}
     provenance = []
     for model in data.models:
         for evaluation in model.evaluations:
@@ -123,7 +130,7 @@ def _merged(
         for row in evaluation.document.get("baselines") or []
     ]
     return {
-        "results": list(data.rows),
+        "results": rows,
         "robustness": derived,
         "provenance": {"evaluations": provenance},
         "baselines": baselines,

@@ -27,7 +27,7 @@ _FIELDS: Mapping[str, tuple[type, ...]] = {
     "metric": (str,),
     "value": (int, float, type(None)),
 }
-_KEY = ("model", "router", "task", "split", "corruption", "severity", "metric")
+_KEY = ("model", "router", "task", "split", "corruption", "severity", "metric", "attack")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,8 @@ class Evaluation:
     records: Mapping[tuple[str, str | None, Cell], CellRecords]
     """By task, split and cell."""
     files: Mapping[tuple[str, Cell], Path]
+    attacked_records: Mapping[tuple[str, str | None, Cell, str], CellRecords] = field(default_factory=dict)
+    """By task, split, cell and attack; those without an attack are in `records` alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,10 +83,12 @@ class ReportData:
     models: tuple[ModelInfo, ...]
     """In the order of the folders: the first is the baseline."""
     rows: tuple[Row, ...]
-    """All results, sorted."""
+    """All results without an attack, sorted."""
     scores: tuple[ModelScores, ...]
     """One per task and model, tasks sorted, models in their order."""
     baselines: tuple[Baseline, ...]
+    attacked_rows: tuple[Row, ...] = ()
+    """All results under an attack, sorted."""
     warnings: tuple[str, ...] = field(default=())
 
 
@@ -105,22 +109,24 @@ def load_evaluation(folder: Path) -> Evaluation:
     _check_rows(document.get("results"), results)
     if not isinstance(document.get("baselines", []), list):
         raise InputError("'baselines' is not a list", where=str(results))
-    records: dict[tuple[str, str | None, Cell], CellRecords] = {}
+    every: dict[tuple[str, str | None, Cell, str], CellRecords] = {}
     files: dict[tuple[str, Cell], Path] = {}
     for file in sorted((path / "predictions").glob("*.jsonl")):
         for key, part in _read_predictions(file).items():
-            if key in records:
-                raise InputError(f"task, split and cell {key} are also in another file", where=str(file))
-            records[key] = part
-            files[key[0], key[2]] = file
+            if key in every:
+                raise InputError(f"task, split, cell and attack {key} are also in another file", where=str(file))
+            every[key] = part
+            if key[3] == "none":
+                files[key[0], key[2]] = file
     training, manifest = path / "training.json", path / "manifest.json"
     return Evaluation(
         folder=path,
         document=document,
         manifest=_read_object(manifest) if manifest.is_file() else {},
         training=_read_object(training) if training.is_file() else None,
-        records=records,
+        records={key[:3]: part for key, part in every.items() if key[3] == "none"},
         files=files,
+        attacked_records={key: part for key, part in every.items() if key[3] != "none"},
     )
 
 
@@ -169,13 +175,21 @@ def collect(evaluations: Sequence[Evaluation]) -> ReportData:
         for key, owner in owners.items()
     )
     ordered = tuple(rows[key] for key in sorted(rows, key=lambda key: tuple(str(part) for part in key)))
+    attacked = tuple(row for row in ordered if row.get("attack", "none") != "none")
+    ordered = tuple(row for row in ordered if row.get("attack", "none") == "none")
     baselines = tuple(baseline for model in models for baseline in _baselines(model))
     scores = _scores(models, ordered, baselines)
-    return ReportData(models=models, rows=ordered, scores=scores, baselines=_merge_equal(baselines, len(models)))
+    return ReportData(
+        models=models,
+        rows=ordered,
+        scores=scores,
+        baselines=_merge_equal(baselines, len(models)),
+        attacked_rows=attacked,
+    )
 
 
 def _row_key(row: Row) -> tuple[Any, ...]:
-    return tuple(row.get(name) for name in _KEY)
+    return tuple(row.get(name, "none" if name == "attack" else None) for name in _KEY)
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -210,11 +224,12 @@ def _kind_names(kinds: Sequence[type]) -> str:
     return " or ".join(words[kind] for kind in kinds)
 
 
-def _read_predictions(path: Path) -> dict[tuple[str, str | None, Cell], CellRecords]:
-    grouped: dict[tuple[str, str | None, Cell], dict[str, Row]] = {}
+def _read_predictions(path: Path) -> dict[tuple[str, str | None, Cell, str], CellRecords]:
+    grouped: dict[tuple[str, str | None, Cell, str], dict[str, Row]] = {}
     for number, record in enumerate(read_lines(path), start=1):
         try:
-            key = (record["task"], record.get("split"), (record["corruption"], int(record["severity"])))
+            cell = (record["corruption"], int(record["severity"]))
+            key = (record["task"], record.get("split"), cell, record.get("attack", "none"))
             item, score = str(record["item_id"]), record["score"]
             if score is not None:
                 float(score)

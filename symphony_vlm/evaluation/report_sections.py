@@ -35,8 +35,8 @@ def build_sections(
     """(key, title, HTML) of every section that has something to show, in the page's order."""
     several = len({scores.task for scores in data.scores}) > 1
     by_key = {
-        key: "".join(to_html(table, heading=several) for table in tables if table.key == key)
-        for key in ("clean", "groups", "robustness")
+        key: "".join(to_html(table, heading=several or key == "attacks") for table in tables if table.key == key)
+        for key in ("clean", "groups", "robustness", "attacks")
     }
     parts = [
         ("verdict", "Verdict", _verdict(robustness), ""),
@@ -46,6 +46,7 @@ def build_sections(
         ("severity", "Severity curves", severity_curves(data, robustness), ""),
         ("robustness", "Robustness", by_key["robustness"], ""),
         ("difference", "Router against baseline", _differences(tables), ""),
+        ("attacks", "Attacks", by_key["attacks"], ""),
         ("loss", "Training loss", loss_curves(data), ""),
         ("load", "Expert load", expert_load(data), ""),
         ("graph", "Expert graph", expert_graphs(data), ""),

@@ -19,6 +19,8 @@ import torch
 from rich.console import Console
 
 from symphony_vlm.corruptions import canary, find_frost_textures, parse_corrupt_at
+from symphony_vlm.errors import InputError
+from symphony_vlm.evaluation.attacks.prepared import PreparedAttacks, attack_summary, require_gradients
 from symphony_vlm.evaluation.baselines import constant_baselines
 from symphony_vlm.evaluation.batch_check import check_batches
 from symphony_vlm.evaluation.budget import half_widths, recorded_budget, settle_limit
@@ -123,6 +125,10 @@ def evaluate_together(
         find_frost_textures()
     recorded = recorded_budget(outputs) if plan.budget_minutes is not None else None
     parse_corrupt_at(plan.corrupt_at)
+    if plan.attacks and plan.budget_minutes is not None:
+        raise InputError(
+            "what an attack costs is not known beforehand", where="--budget", remedy="Choose --limit for attacks."
+        )
     start = time.monotonic()
     # The cheap checks first: loading a large model takes minutes.
     for one in plans:
@@ -132,9 +138,11 @@ def evaluate_together(
         items = {
             task.name: list(task.load(plan.data, plan.image_folder, scratch / "data", plan.seed)) for task in tasks
         }
+    attacks = PreparedAttacks.of_tasks(plan.attacks, items)
     evaluations = _open(plans, outputs, processes, console)
     for evaluation in evaluations:
         check_corrupt_at(evaluation.model, plan.corrupt_at)
+        require_gradients(plan.attacks, evaluation.model)
     if plan.budget_minutes is not None:
         _settle_limit(evaluations, recorded, cells, items, start, processes, console)
     with processes.first_before_others():
@@ -149,7 +157,7 @@ def evaluate_together(
         for evaluation in evaluations:
             limit = json.loads((evaluation.output / "manifest.json").read_text())["limit"]
             evaluation.plan = dataclasses.replace(evaluation.plan, limit=limit)
-    _run_cells(evaluations, cells, items, processes, console)
+    _run_cells(evaluations, cells, items, processes, console, attacks)
     if processes.first:
         for evaluation in evaluations:
             _write_results(evaluation, cells, items, processes, time.monotonic() - start, console)
@@ -210,10 +218,11 @@ def _run_cells(
     items: Items,
     processes: Processes,
     console: Console,
+    attacks: PreparedAttacks,
 ) -> None:
     """Cell by cell, all models; their rows of results are found in the first process alone."""
     plan = evaluations[0].plan
-    chosen = {cell.file_name: _choose(items[cell.task.name], plan, cell) for cell in cells}
+    chosen = {cell.file_name: attacks.items(cell, _choose(items[cell.task.name], plan, cell)) for cell in cells}
     total = len(evaluations) * sum(processes.owns(item) for listed in chosen.values() for item in listed)
     name = f"evaluating {', '.join(one.model.router for one in evaluations)}"
     name += f" (process 1 of {processes.size})" if processes.size > 1 else ""
@@ -235,11 +244,14 @@ def _run_cells(
                 processes=processes,
                 already=progress.already,
                 after_chunk=partial(_forget, evaluations),
+                attack=attacks.of(cell),
             )
             if not processes.first:
                 continue
             for one, records in zip(evaluations, found, strict=True):
-                of_cell = cell_results(one.plan, cell, one.model.router, chosen[cell.file_name], records)
+                of_cell = cell_results(
+                    one.plan, cell, one.model.router, chosen[cell.file_name], records, attacks.of(cell)
+                )
                 one.rows += of_cell
                 one.errors.update(record["error"]["type"] for record in records if record["error"])
                 progress.cell(f"{one.label}: " if len(evaluations) > 1 else "", cell, of_cell[0])
@@ -262,6 +274,8 @@ def _write_results(
         said = f"half widths of the 95 % intervals: median {median:.3f}, largest {largest:.3f}"
         console.print(f"{evaluation.label}: {said}")
     document = {"results": evaluation.rows, "baselines": baselines, "provenance": surroundings}
+    if plan.attacks:
+        document["attacks"] = attack_summary(cells, output / "predictions")
     if plan.check_batch:
         document["batch_check"] = _check_batches(plan, output, cells, items, model, console)
     write_json(output / "results.json", document)
@@ -288,7 +302,7 @@ def _check_batches(
             batch_size=plan.batch_size,
         )
         for cell in cells
-        if cell.severity == 0
+        if cell.is_clean
     ]
     for one in found:
         console.print(
@@ -310,11 +324,15 @@ def _predictor(
 def _cells(task: Task, plan: EvaluationPlan) -> list[Cell]:
     grid = [("none", 0)] + [(name, severity) for name in plan.corruptions for severity in plan.severities]
     common: dict[str, Any] = {"task": task, "seed": plan.seed, "corrupt_at": plan.corrupt_at}
-    return [Cell(corruption=name, severity=severity, **common) for name, severity in grid]
+    return [
+        Cell(corruption=name, severity=severity, attack=attack, **common)
+        for attack in ("none", *(attack.spec for attack in plan.attacks))
+        for name, severity in grid
+    ]
 
 
 def _choose(items: Sequence[EvaluationItem], plan: EvaluationPlan, cell: Cell) -> list[EvaluationItem]:
-    limit = plan.limit if cell.severity == 0 or plan.corrupted_limit is None else plan.corrupted_limit
+    limit = plan.limit if cell.is_clean or plan.corrupted_limit is None else plan.corrupted_limit
     return first_pictures(items, plan.seed, limit)
 
 
@@ -355,7 +373,8 @@ def _summary(results: Path, errors: Counter[str], processes: Processes) -> Evalu
     """From the file, which every process can read."""
     headlines: dict[str, dict[str, Any]] = {}
     for row in json.loads(results.read_text())["results"]:
-        headlines.setdefault(f"{row['task']}/{row['corruption']}/{row['severity']}", row)
+        attack = "" if row["attack"] == "none" else f"/{row['attack']}"
+        headlines.setdefault(f"{row['task']}/{row['corruption']}/{row['severity']}{attack}", row)
     return EvaluationSummary(
         results=results,
         headline={cell: row["value"] for cell, row in headlines.items()},

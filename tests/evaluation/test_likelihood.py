@@ -118,7 +118,5 @@ def test_an_evaluation_scored_by_likelihood(tiny_model_folder: Path, tmp_path: P
 
 
 def test_seedbench_asks_without_the_options_as_its_authors_do() -> None:
-    item = EvaluationItem(
-        id="1", question="What?\nA. a\nB. b", answers=("A",), choices=("a", "b"), meta={"stem": "What?"}
-    )
+    item = EvaluationItem(id="1", question="What?\nA. a\nB. b", answers=("A",), choices=("a", "b"), asked="What?")
     assert get_task("seedbench").options(item) == Options(question="What?", texts=("a", "b"), answers=("A", "B"))

@@ -37,6 +37,7 @@ RESULT_FIELDS = {
     "split",
     "corruption",
     "severity",
+    "attack",
     "metric",
     "value",
     "higher_is_better",

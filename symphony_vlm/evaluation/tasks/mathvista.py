@@ -69,6 +69,7 @@ def _item(row: Row, data: Path, image_folder: Path | None) -> EvaluationItem:
         group=problem["question_type"],
         # Not in `choices`, whose answers are letters: here the answer is the choice's text.
         meta={"problem": problem, "choices": choices},
+        asked=str(problem["question"]),
     )
 
 

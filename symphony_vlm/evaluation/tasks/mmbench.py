@@ -69,6 +69,7 @@ def _item(row: Row, by_index: Mapping[str, Row], image_folder: Path | None, inst
         cluster=_question_of(index),
         group=category,
         choices=choices,
+        asked=row.text("question"),
         meta={"l2_category": l2_category},
     )
 

@@ -82,6 +82,7 @@ def _item(row: Row, image_folder: Path | None) -> EvaluationItem:
         image_key=key_of(images, pid),
         group=row.text("subject") if row.fields.get("subject") else None,
         choices=choices,
+        asked=row.text("question"),
     )
 
 

@@ -60,13 +60,14 @@ def _item(row: Row, names: dict[int, str], image_folder: Path | None, others: fr
         image_key=key_of(images, row.text("question_id")),
         group=names.get(_type(row), f"type {_type(row)}"),
         choices=choices,
-        meta={"others": others, "stem": row.text("question")},
+        asked=row.text("question"),
+        meta={"others": others},
     )
 
 
 def _options(item: EvaluationItem) -> Options:
     """As the authors rank: the options' texts after the question alone."""
-    return Options(question=item.meta["stem"], texts=item.choices, answers=tuple(letters(len(item.choices))))
+    return Options(question=item.asked, texts=item.choices, answers=tuple(letters(len(item.choices))))
 
 
 def _score(prediction: str, item: EvaluationItem) -> Scored:
