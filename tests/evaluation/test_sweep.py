@@ -156,9 +156,9 @@ def test_each_picture_is_opened_corrupted_and_encoded_once_a_cell(
     encoded: list[int] = []
     open_picture, forward = pictures_module.open_picture, VisionTower.forward
 
-    def counted_open(ref: Any, cell: Any) -> Any:
+    def counted_open(ref: Any, cell: Any, model: Any) -> Any:
         opened[str(ref.path), cell.severity] += 1
-        return open_picture(ref, cell)
+        return open_picture(ref, cell, model)
 
     def counted_forward(self: VisionTower, pixels: torch.Tensor) -> torch.Tensor:
         if not pixels.is_meta:  # a new tower measures itself
