@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -111,7 +110,8 @@ def model_labels(models: Sequence[str]) -> list[str]:
 
 def _parts(model: str) -> tuple[str, ...]:
     # Links are not followed: the finished model of a run is one, to its last stage.
-    path = Path(os.path.abspath(model) if os.path.exists(model) else model)
+    path = Path(model)
+    path = path.absolute() if path.exists() else path
     found = [part for part in path.parts if part != path.anchor]
     while len(found) > 1 and found[-1] in _SAYS_NOTHING:
         found.pop()
