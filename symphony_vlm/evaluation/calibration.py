@@ -58,7 +58,7 @@ def measure_costs(
         name: [group for group in pictures_in_order(listed, seed) if processes.owns(group[0])]
         for name, listed in items.items()
     }
-    opening = _measure_opening(order, pictures, seconds / 2)
+    opening = _measure_opening(order, pictures, predictors, seconds / 2)
     answering: dict[str, float] = {}
     for name, groups in pictures.items():
         mine = [cell for cell in order if cell.task.name == name]
@@ -68,20 +68,24 @@ def measure_costs(
 
 
 def _measure_opening(
-    order: Sequence[Cell], pictures: Mapping[str, Sequence[Sequence[EvaluationItem]]], seconds: float
+    order: Sequence[Cell],
+    pictures: Mapping[str, Sequence[Sequence[EvaluationItem]]],
+    predictors: Callable[[Cell], Sequence[AnswersItems]],
+    seconds: float,
 ) -> dict[str, float]:
     """Each cell once, then again while there is time; the first picture opened at all is not counted."""
     taken: dict[str, list[float]] = {cell.file_name: [] for cell in order}
     begin = time.monotonic()
     for group in pictures[order[0].task.name][:1]:
-        OpenedPictures(order[0]).of(group[0])
+        _open(OpenedPictures(order[0]), group[:1], predictors(order[0]))
     for number in range(4):
         for cell in order:
             groups = pictures[cell.task.name]
             if not groups or (number and time.monotonic() - begin > seconds):
                 continue
+            models = predictors(cell)
             start = time.monotonic()
-            OpenedPictures(cell).of(groups[number % len(groups)][0])
+            _open(OpenedPictures(cell), groups[number % len(groups)][:1], models)
             taken[cell.file_name].append(time.monotonic() - start)
     return {name: sum(times) / len(times) if times else 0.0 for name, times in taken.items()}
 
@@ -119,9 +123,15 @@ def _measure_answering(
 
 def _answer(cell: Cell, items: Sequence[EvaluationItem], predictors: Sequence[AnswersItems], batch_size: int) -> float:
     opened = OpenedPictures(cell)
-    for item in items:
-        opened.of(item)
+    _open(opened, items, predictors)
     start = time.monotonic()
     for predictor in predictors:
         answer_items(cell, items, predictor, batch_size=batch_size, opened=opened)
     return time.monotonic() - start
+
+
+def _open(opened: OpenedPictures, items: Sequence[EvaluationItem], predictors: Sequence[AnswersItems]) -> None:
+    """As the evaluation does: once for all models, but where each decides what is corrupted."""
+    for item in items:
+        for predictor in predictors:
+            opened.of(item, predictor)

@@ -18,8 +18,8 @@ from symphony_vlm.evaluation.runner import EvaluationSummary, evaluate_together
 
 __all__ = ["SweepSummary", "evaluate_models", "model_labels"]
 
-_SAYS_NOTHING = ("model", "", ".", "..")
-"""Last parts of paths that every run has."""
+_SAYS_NOTHING = ("model", ".", "..")
+"""Last parts of paths that tell no models apart."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,8 +109,10 @@ def model_labels(models: Sequence[str]) -> list[str]:
 
 
 def _parts(model: str) -> tuple[str, ...]:
+    # Links are not followed: the finished model of a run is one, to its last stage.
     path = Path(model)
-    found = [part for part in (path.resolve() if path.exists() else path).parts if part != path.anchor and part != "/"]
+    path = path.absolute() if path.exists() else path
+    found = [part for part in path.parts if part != path.anchor]
     while len(found) > 1 and found[-1] in _SAYS_NOTHING:
         found.pop()
     return tuple(found)

@@ -127,9 +127,9 @@ def test_what_is_measured_is_the_cost_of_pictures_by_cell_and_of_questions_over_
     clock = [0.0]
     original = pictures.open_picture
 
-    def opened(ref: ImageRef, cell: Cell) -> Any:
+    def opened(ref: ImageRef, cell: Cell, model: object) -> Any:
         clock[0] += 1.0 + 10.0 * cell.severity
-        return original(ref, cell)
+        return original(ref, cell, model)
 
     monkeypatch.setattr(pictures, "open_picture", opened)
     monkeypatch.setattr(calibration, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))

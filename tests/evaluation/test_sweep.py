@@ -394,3 +394,13 @@ def test_models_given_twice_and_folders_of_one_model_are_refused(
 )
 def test_labels_are_the_shortest_last_parts_that_differ(given: list[str], labels: list[str]) -> None:
     assert model_labels(given) == labels
+
+
+def test_the_label_of_a_runs_model_is_the_runs_name(tmp_path: Path) -> None:
+    for run in ("smoe", "symphony_smoe"):
+        (tmp_path / run / "instruct" / "model").mkdir(parents=True)
+        (tmp_path / run / "model").symlink_to(Path("instruct") / "model")
+    assert model_labels([str(tmp_path / run / "model") for run in ("smoe", "symphony_smoe")]) == [
+        "smoe",
+        "symphony_smoe",
+    ]
