@@ -3,7 +3,7 @@
 Example: python -m benchmarks.run router --json router.json
 
 A benchmark is a file here with a function ``cases(*, tiny, device)`` that yields `measure.Case`. One on data also takes
-``data`` and ``image_folder``.
+``data`` and ``image_folder``. Its function ``summary(results)``, if it has one, says what stands under the table.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write_json(options.json, {"provenance": facts, "cases": cases})
     print(f"{options.name} on {facts['processor']}, {options.threads} thread(s), torch {torch.__version__}\n")
     print(markdown(results))
-    print(f"\n{largest(results)}")
+    summary = getattr(importlib.import_module(f"benchmarks.{options.name}"), "summary", largest)
+    print(f"\n{summary(results)}")
 
 
 def _cases(options: argparse.Namespace, device: torch.device) -> Iterator[Case]:
@@ -83,6 +84,8 @@ def _cell(case: Case, result: Result, name: str) -> str:
     if case.items is not None:
         ratio = next(iter(result.timings.values())).seconds / timing.seconds
         return f"{case.items[1] / timing.seconds:,.1f} {case.items[0]}/s ({ratio:.2f}x)"
+    if len(case.contenders) == 1 and case.whole is None:
+        return f"{1e3 * timing.seconds:.3g} ms"
     if name == next(iter(case.contenders)):
         return f"{1e3 * timing.seconds:.3g} ms ({timing.seconds / result.whole:.2%})"
     share = f"{timing.difference / result.whole:+.2%}"

@@ -9,7 +9,7 @@ from itertools import groupby
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from symphony_vlm.corruptions.catalogue import CORRUPTIONS, corrupt
+from symphony_vlm.corruptions.catalogue import CORRUPTIONS, corrupt, parse_corruptions
 from symphony_vlm.corruptions.operators import UInt8Image
 from symphony_vlm.corruptions.randomness import corruption_rng, require_rgb8
 
@@ -51,6 +51,7 @@ def draw_sheet(image: UInt8Image, names: Sequence[str], *, key: str, seed: int =
         InputError: See `corrupt`.
     """
     height, width = require_rgb8(image).shape[:2]
+    names = parse_corruptions(",".join(names))
     text = _Text(min(max(height, width) // 9, 26))
     panels = _panels(_blocks(names))
     label_width = max(text.width(name) for name in ("clean", *names)) + 10

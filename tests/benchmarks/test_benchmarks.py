@@ -184,3 +184,14 @@ def test_packing_trains_on_the_same_tokens_in_fewer_places(run: Callable[[str], 
     assert list(case["timings"]) == ["padded", "grouped by length", "packed"]
     settings = case["settings"]
     assert settings["tokens"] <= settings["places packed"] < settings["places padded"]
+
+
+def test_the_corruptions_benchmark_has_all_of_them_and_names_the_slowest(
+    run: Callable[[str], tuple[str, dict[str, Any]]],
+) -> None:
+    printed, written = run("corruptions")
+    times = {case["settings"]["corruption"]: case["whole"] for case in written["cases"]}
+    assert len(times) == 19
+    slowest = max(times, key=lambda name: times[name])
+    mean = 1e3 * sum(times.values()) / 19
+    assert f"mean of 19: {mean:.1f} ms; the slowest: {slowest}, {1e3 * times[slowest]:.1f} ms" in printed

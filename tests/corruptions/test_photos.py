@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import subprocess
 import sys
@@ -32,8 +33,8 @@ GROWS = {
     "jpeg_compression",
     "spatter",
 }
-"""Those of which the definition implies a change that grows with severity, on the mean over photos: motion_blur draws an
-angle and spatter its drops anew at each severity, so that a single photo can have less of it."""
+"""Those of which the definition implies a change that grows with severity, on the mean over photos: motion_blur draws
+an angle and spatter its drops anew at each severity, so that a single photo can have less of it."""
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +89,7 @@ def test_all_corruptions_of_photos(size: int, count: int, files: list[Path]) -> 
     assert (changes > 0.01).all()
     for name, row in zip(ALL, changes.mean(axis=0).tolist(), strict=True):
         if name in GROWS:
-            assert all(a < b for a, b in zip(row, row[1:], strict=False)), (name, row)
+            assert all(a < b for a, b in itertools.pairwise(row)), (name, row)
 
 
 _SCRIPT = """
