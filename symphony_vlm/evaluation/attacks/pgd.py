@@ -51,7 +51,7 @@ class Pgd(Attack):
     def spec(self) -> str:
         """``NAME:EPS:STEPS``, and the number of starts unless it is 1."""
         levels = self.eps * 255
-        eps = f"{levels}/255" if levels.denominator == 1 else decimal_text(float(self.eps))
+        eps = f"{levels}/255" if levels.denominator == 1 and levels < 255 else f"{float(self.eps):.10g}"
         return f"{self.name}:{eps}:{self.steps}" + (f":{self.restarts}" if self.restarts != 1 else "")
 
     @property
