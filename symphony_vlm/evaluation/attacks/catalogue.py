@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from functools import partial
 
 from symphony_vlm.errors import InputError
 from symphony_vlm.evaluation.attacks.attack import Attack
 from symphony_vlm.evaluation.attacks.option_permutation import OptionPermutation
-from symphony_vlm.evaluation.attacks.pgd import Pgd
+from symphony_vlm.evaluation.attacks.pgd import Apgd, Pgd
 from symphony_vlm.evaluation.attacks.question_swap import QuestionSwap
 from symphony_vlm.evaluation.attacks.typographic import Typographic
 from symphony_vlm.evaluation.attacks.word_swap import PROFILES
@@ -21,6 +22,7 @@ BUDGETS = {
     "typographic": "typographic[:SIZE[:OPACITY]]",
     "option_permutation": "option_permutation[:all]",
     "pgd": "pgd[:EPS[:STEPS[:RESTARTS]]]",
+    "apgd": "apgd[:EPS[:STEPS[:RESTARTS]]]",
 }
 """How each attack is written."""
 
@@ -53,7 +55,8 @@ def _parse(spec: str) -> Attack:
         "word_swap": (2, _word_swap),
         "typographic": (2, _typographic),
         "option_permutation": (1, _option_permutation),
-        "pgd": (3, _pgd),
+        "pgd": (3, partial(_pgd, Pgd)),
+        "apgd": (3, partial(_pgd, Apgd)),
     }
     most, make = makers[name]
     if len(budget) > most:
@@ -125,8 +128,8 @@ def _option_permutation(budget: _Budget) -> Attack:
     return OptionPermutation(every=budget.word(0, "budget", "", ("all",)) == "all")
 
 
-def _pgd(budget: _Budget) -> Attack:
-    return Pgd(
+def _pgd(kind: type[Pgd], budget: _Budget) -> Attack:
+    return kind(
         eps=budget.share(0, "eps", Pgd.eps),
         steps=budget.count(1, "number of steps", Pgd.steps, 10_000),
         restarts=budget.count(2, "number of restarts", Pgd.restarts, 100),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from symphony_vlm.errors import InputError
 
-__all__ = ["Ascent", "ascend"]
+__all__ = ["Ascent", "ascend", "require_direction"]
 
 MOMENTUM = 0.9
 STEP = 2.5
@@ -57,10 +57,7 @@ def ascend(
     for step in range(steps + 1):
         loss, gradient = loss_and_gradient(x)
         if step == 0:
-            start_loss, size = loss, float(gradient.abs().mean())
-            if not gradient.isfinite().all() or size == 0:
-                kind = "zero" if size == 0 else "not finite"
-                raise InputError(f"the gradient of the loss at the picture is {kind}, so it cannot be attacked")
+            start_loss, size = loss, require_direction(gradient)
         if loss > best_loss:
             best, best_loss = x, loss
         if step < steps:
@@ -68,3 +65,16 @@ def ascend(
             offset = (x - z + STEP * eps / steps * velocity.sign()).clamp(-eps, eps)
             x = (z + offset).clamp(0, 1)
     return Ascent(point=best, loss=best_loss, start_loss=start_loss, gradient_l1=size)
+
+
+def require_direction(gradient: Tensor) -> float:
+    """The mean absolute gradient.
+
+    Raises:
+        InputError: it is zero or not finite.
+    """
+    size = float(gradient.abs().mean())
+    if not gradient.isfinite().all() or size == 0:
+        kind = "zero" if size == 0 else "not finite"
+        raise InputError(f"the gradient of the loss at the picture is {kind}, so it cannot be attacked")
+    return size

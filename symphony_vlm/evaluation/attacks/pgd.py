@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, ClassVar
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from symphony_vlm.corruptions.randomness import corruption_rng
+from symphony_vlm.evaluation.attacks.adaptive_ascent import MOMENTUM as ADAPTIVE_MOMENTUM
+from symphony_vlm.evaluation.attacks.adaptive_ascent import ascend_adaptively
 from symphony_vlm.evaluation.attacks.attack import Attack, Posed, worst
 from symphony_vlm.evaluation.attacks.gradient_ascent import MOMENTUM, STEP, Ascent, ascend
 from symphony_vlm.evaluation.attacks.reference_loss import ReferenceLoss, reference_answer
@@ -22,7 +24,7 @@ from symphony_vlm.evaluation.pictures import Picture
 from symphony_vlm.evaluation.predictor import AnswersItems, Predictor
 from symphony_vlm.evaluation.records import Record
 
-__all__ = ["Pgd"]
+__all__ = ["Apgd", "Pgd"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,27 +42,30 @@ class Pgd(Attack):
     name: ClassVar[str] = "pgd"
     needs_gradient: ClassVar[bool] = True
     items_at_once: ClassVar[int | None] = 8
+    _ascend: ClassVar[Callable[..., Ascent]] = staticmethod(ascend)
     eps: Fraction = Fraction(4, 255)
     steps: int = 10
     restarts: int = 1
 
     @property
     def spec(self) -> str:
-        """``pgd:EPS:STEPS``, and the number of starts unless it is 1."""
+        """``NAME:EPS:STEPS``, and the number of starts unless it is 1."""
         levels = self.eps * 255
-        eps = f"{levels}/255" if levels.denominator == 1 else decimal_text(float(self.eps))
+        eps = f"{levels}/255" if levels.denominator == 1 and levels < 255 else f"{float(self.eps):.10g}"
         return f"{self.name}:{eps}:{self.steps}" + (f":{self.restarts}" if self.restarts != 1 else "")
 
     @property
     def parameters(self) -> dict[str, Any]:
         """Budget and algorithm."""
+        return self._budget | {"step_size": STEP * float(self.eps) / self.steps, "momentum": MOMENTUM}
+
+    @property
+    def _budget(self) -> dict[str, Any]:
         return {
             "norm": "l_inf",
             "eps": float(self.eps),
             "steps": self.steps,
-            "step_size": STEP * float(self.eps) / self.steps,
             "restarts": self.restarts,
-            "momentum": MOMENTUM,
             "start": "uniform in the ball",
             "loss": "mean cross entropy of the reference answer",
         }
@@ -105,8 +110,8 @@ class Pgd(Attack):
 
     def _attacked(self, loss: ReferenceLoss, z: Tensor, keys: Sequence[str], restart: int, seed: int) -> Ascent:
         eps = float(self.eps)
-        start = eps * _uniform(keys, f"pgd{restart}", self.eps, seed, z)
-        ascent = ascend(loss.with_gradient, z, eps=eps, steps=self.steps, start=start)
+        start = eps * _uniform(keys, f"{self.name}{restart}", self.eps, seed, z)
+        ascent = self._ascend(loss.with_gradient, z, eps=eps, steps=self.steps, start=start)
         # One rounding of fp32 on values up to 1.
         assert float((ascent.point - z).abs().max()) <= eps + 1e-6
         return ascent
@@ -133,6 +138,19 @@ class Pgd(Attack):
             return None if fact is None else float(fact["loss"] > fact["loss_noise"])
 
         return [mean_of("score_8bit", rounded), mean_of("loss_above_noise", beats_noise)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Apgd(Pgd):
+    """The same with a step size that adapts (`adaptive_ascent`), the attack of RobustVLM."""
+
+    name: ClassVar[str] = "apgd"
+    _ascend: ClassVar[Callable[..., Ascent]] = staticmethod(ascend_adaptively)
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Budget and algorithm."""
+        return self._budget | {"step_size": "from eps, halved at checkpoints", "momentum": ADAPTIVE_MOMENTUM}
 
 
 def _facts(ascent: Ascent, z: Tensor, restart: int) -> dict[str, Any]:

@@ -144,7 +144,7 @@ def test_the_unattacked_cells_are_those_of_an_evaluation_without_attacks(
     assert _texts(tmp_path) == _texts(finished)
 
 
-@pytest.mark.parametrize("attack", ["pgd:8/255:2", "option_permutation", "typographic", "word_swap:0.3"])
+@pytest.mark.parametrize("attack", ["pgd:8/255:2", "option_permutation"])
 def test_a_killed_attack_goes_on_where_it_stopped(
     attack: str, finished: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -251,7 +251,7 @@ def test_the_command_takes_attacks_and_refuses_bad_budgets(
     assert set(headline) == {"multiple_choice/none/0", "multiple_choice/none/0/word_swap:0.5"}
 
 
-@pytest.mark.parametrize("spec", ["typographic", "option_permutation", "pgd:8/255:2"])
+@pytest.mark.parametrize("spec", ["typographic", "pgd:8/255:2"])
 def test_two_processes_write_what_one_writes(
     spec: str, run: Run, choices: Path, finished: Path, tmp_path: Path
 ) -> None:

@@ -26,7 +26,8 @@ from symphony_vlm.evaluation.attacks.question_swap import QuestionSwap
         ("pgd", "pgd:4/255:10"),
         ("pgd:8/255:50:3", "pgd:8/255:50:3"),
         ("pgd:0.1", "pgd:0.1:10"),
-        ("pgd:1:5", "pgd:255/255:5"),
+        ("pgd:1:5", "pgd:1:5"),
+        ("apgd:2/255:20", "apgd:2/255:20"),
     ],
 )
 def test_a_spec_has_every_setting_and_says_the_same_when_read_again(text: str, spec: str) -> None:

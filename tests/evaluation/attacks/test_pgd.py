@@ -15,8 +15,9 @@ from torch import Tensor
 
 from symphony_vlm.data.sample import ImageRef, Message, TextPart
 from symphony_vlm.errors import InputError
+from symphony_vlm.evaluation.attacks.adaptive_ascent import ascend_adaptively
 from symphony_vlm.evaluation.attacks.gradient_ascent import ascend
-from symphony_vlm.evaluation.attacks.pgd import Pgd
+from symphony_vlm.evaluation.attacks.pgd import Apgd, Pgd
 from symphony_vlm.evaluation.attacks.prepared import require_gradients
 from symphony_vlm.evaluation.attacks.reference_loss import ReferenceLoss, reference_answer
 from symphony_vlm.evaluation.item import EvaluationItem, Scored
@@ -81,13 +82,62 @@ def test_the_iterate_of_the_largest_loss_is_kept_not_the_last() -> None:
     assert (found.loss, len(calls)) == (-1.0, 5)
 
 
+def test_the_adaptive_ascent_follows_the_table_of_checkpoints_of_its_paper() -> None:
+    """Against the algorithm written out in numpy, on a loss that oscillates so that steps are halved."""
+    rng = np.random.default_rng(3)
+    z, start = rng.random(6), rng.uniform(-0.2, 0.2, 6)
+    eps, n = 0.2, 40
+
+    def function(x: np.ndarray) -> tuple[float, np.ndarray]:
+        return float(np.sin(40 * x).sum()), 40 * np.cos(40 * x)
+
+    def project(x: np.ndarray) -> np.ndarray:
+        return np.clip(z + np.clip(x - z, -eps, eps), 0, 1)
+
+    # Windows of 8, 7, 6, 5, ... of 40 steps: 0.22 n = 8.8, then 0.03 n = 1.2 less each, at least 0.06 n = 2.4.
+    checkpoints = list(np.cumsum([8, 7, 6, 5, 4, 3, 2, 2, 2, 2]))
+    points, losses = [project(z + start)], []
+    f, g = function(points[0])
+    losses.append(f)
+    best = (f, points[0], g)
+    step, kept_last, best_at_last, previous_checkpoint, halvings = eps, False, f, 0, 0
+    x, x_old = points[0], points[0]
+    for k in range(n):
+        y = project(x + step * np.sign(g))
+        new = y if k == 0 else project(x + 0.75 * (y - x) + 0.25 * (x - x_old))
+        x_old, x = x, new
+        f, g = function(x)
+        losses.append(f)
+        if f > best[0]:
+            best = (f, x, g)
+        if k + 1 in checkpoints:
+            length = k + 1 - previous_checkpoint
+            rose = sum(losses[j + 1] > losses[j] for j in range(previous_checkpoint, k + 1))
+            halve = rose <= 0.75 * length or (kept_last and best[0] == best_at_last)
+            kept_last, best_at_last, previous_checkpoint = not halve, best[0], k + 1
+            if halve:
+                halvings += 1
+                step, x, g = step / 2, best[1], best[2]
+
+    def in_torch(x: Tensor) -> tuple[float, Tensor]:
+        value, gradient = function(x.numpy())
+        return value, torch.from_numpy(gradient)
+
+    found = ascend_adaptively(in_torch, torch.from_numpy(z), eps=eps, steps=n, start=torch.from_numpy(start))
+    assert halvings > 2
+    np.testing.assert_allclose(found.point.numpy(), best[1], atol=1e-12)
+    assert found.loss == pytest.approx(best[0])
+    assert found.start_loss == losses[0]
+
+
+@pytest.mark.parametrize("ascent", [ascend, ascend_adaptively])
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
-def test_a_gradient_that_is_zero_or_not_finite_is_an_error_and_no_robustness(value: float) -> None:
+def test_a_gradient_that_is_zero_or_not_finite_is_an_error_and_no_robustness(value: float, ascent: Any) -> None:
     def masked(x: Tensor) -> tuple[float, Tensor]:
         return 1.0, torch.full_like(x, value)
 
     with pytest.raises(InputError, match="gradient of the loss at the picture is"):
-        ascend(masked, torch.zeros(3), eps=0.1, steps=2, start=torch.zeros(3))
+        ascent(masked, torch.zeros(3), eps=0.1, steps=2, start=torch.zeros(3))
 
 
 def test_the_loss_at_the_clean_picture_is_the_cross_entropy_of_training(tiny_moe_model: Model) -> None:
@@ -133,9 +183,11 @@ def test_the_gradient_at_the_pixels_is_that_of_finite_differences(tiny_moe_model
     assert slope == pytest.approx(float(gradient.norm()), rel=0.005)
 
 
-@pytest.mark.parametrize("restarts", [1, 2])
-def test_the_change_stays_in_the_ball_and_raises_the_loss_above_noise(tiny_moe_model: Model, restarts: int) -> None:
-    attack = Pgd(eps=Fraction(8, 255), steps=10, restarts=restarts)
+@pytest.mark.parametrize(("kind", "restarts"), [(Pgd, 1), (Pgd, 2), (Apgd, 1)])
+def test_the_change_stays_in_the_ball_and_raises_the_loss_above_noise(
+    tiny_moe_model: Model, kind: type[Pgd], restarts: int
+) -> None:
+    attack = kind(eps=Fraction(8, 255), steps=10, restarts=restarts)
     posed = _pose(tiny_moe_model, attack)
     assert len(posed) == 2 * restarts
     for one in posed[:restarts]:
