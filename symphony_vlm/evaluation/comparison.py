@@ -11,12 +11,21 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from symphony_vlm.corruptions.catalogue import COMMON
-from symphony_vlm.evaluation.quantities import Quantity, difference, log_ratio, mean, ratio, weighted_sum
+from symphony_vlm.evaluation.quantities import (
+    Quantity,
+    Resampling,
+    column_means,
+    constant,
+    difference,
+    log_ratio,
+    mean,
+    ratio,
+    weighted_sum,
+)
 from symphony_vlm.evaluation.robustness import (
     CLEAN,
     Cell,
     ModelScores,
-    Resampling,
     common_corruptions,
     corrupted_cells,
     model_robustness,
@@ -24,12 +33,14 @@ from symphony_vlm.evaluation.robustness import (
     score_matrix,
     shared_items,
 )
-from symphony_vlm.evaluation.statistics import Floats, benjamini_hochberg, holm, resampled_means, sign_flip_tests
+from symphony_vlm.evaluation.statistics import Floats, benjamini_hochberg, holm, sign_flip_tests
 
 __all__ = ["compare_models", "mean_corruption_error", "robustness_summary"]
 
 _SMALLEST_ERROR_RISE = 0.005
 """Relative corruption errors are not formed where the baseline's summed rise of the error is smaller."""
+
+_INTERVALS = {"percentile": "percentile", "bca": "bias-corrected and accelerated (BCa)"}
 
 _Side = Mapping[Cell, Quantity]
 
@@ -70,7 +81,7 @@ def robustness_summary(models: Sequence[ModelScores], resampling: Resampling) ->
             "n_resamples": resampling.n_resamples,
             "n_sign_flips": resampling.n_draws,
             "level": 0.95,
-            "interval": "percentile bootstrap over images",
+            "interval": f"{_INTERVALS[resampling.interval]} bootstrap over images",
             "smallest_error_rise": _SMALLEST_ERROR_RISE,
         },
         "models": summaries,
@@ -189,9 +200,7 @@ def _summed_error(side: _Side, name: str, severities: Sequence[int], *, relative
         return Quantity(value=None, reason="the metric is not on a scale from 0 to 1")
     if relative:
         return weighted_sum([side[CLEAN], *scores], [float(len(scores)), *[-1.0] * len(scores)])
-    one = Quantity(
-        value=1.0, replicates=next((np.ones_like(q.replicates) for q in scores if q.replicates is not None), None)
-    )
+    one = constant(1.0, next((q for q in scores if q.replicates is not None), scores[0]))
     return weighted_sum([one, *scores], [float(len(scores)), *[-1.0] * len(scores)])
 
 
@@ -237,15 +246,12 @@ def _paired(
     one_sided = np.isnan(a_IM) | np.isnan(b_IM)
     a_IM, b_IM = np.where(one_sided, np.nan, a_IM), np.where(one_sided, np.nan, b_IM)
     quantities: tuple[dict[Cell, Quantity], dict[Cell, Quantity]] = ({}, {})
-    means = replicates = np.zeros((0, 0))
-    if images:
-        both = np.concatenate([a_IM, b_IM], axis=1)
-        means, replicates = resampled_means(both, images, seed=resampling.seed, n_resamples=resampling.n_resamples)
+    drawn = column_means(np.concatenate([a_IM, b_IM], axis=1), images, resampling) if images else []
     for side, scores, offset in zip(quantities, sides, (0, len(resampled)), strict=True):
         for column, cell in enumerate(cells):
             known = images and cell in resampled and cell not in reasons
-            if known and not np.isnan(means[offset + column]):
-                side[cell] = Quantity(value=float(means[offset + column]), replicates=replicates[:, offset + column])
+            if known and drawn[offset + column].value is not None:
+                side[cell] = drawn[offset + column]
             else:
                 value = scores.values.get(cell)
                 why = reasons.get(cell, "no items in common") if value is not None else "the cell has no score"
