@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from symphony_vlm.corruptions.catalogue import COMMON
+from symphony_vlm.evaluation.cell_differences import difference_tests
 from symphony_vlm.evaluation.quantities import (
     Quantity,
     Resampling,
@@ -33,6 +34,7 @@ from symphony_vlm.evaluation.robustness import (
     score_matrix,
     shared_items,
 )
+from symphony_vlm.evaluation.seeds import seed_summary
 from symphony_vlm.evaluation.statistics import Floats, benjamini_hochberg, holm, sign_flip_tests
 
 __all__ = ["compare_models", "mean_corruption_error", "robustness_summary"]
@@ -53,8 +55,8 @@ def robustness_summary(models: Sequence[ModelScores], resampling: Resampling) ->
         resampling: Seed and numbers of draws.
 
     Returns:
-        JSON with ``parameters``, ``models`` (see `model_robustness`, with the mean corruption errors added) and
-        ``comparisons`` (see `compare_models`).
+        JSON with ``parameters``, ``models`` (see `model_robustness`, with the mean corruption errors added),
+        ``comparisons`` (see `compare_models`) and ``seeds`` (see `seed_summary`).
     """
     summaries: list[dict[str, object]] = []
     comparisons: list[dict[str, object]] = []
@@ -86,6 +88,7 @@ def robustness_summary(models: Sequence[ModelScores], resampling: Resampling) ->
         },
         "models": summaries,
         "comparisons": comparisons,
+        "seeds": seed_summary(summaries),
     }
 
 
@@ -96,7 +99,7 @@ def compare_models(baseline: ModelScores, other: ModelScores, resampling: Resamp
         JSON. ``clean_difference`` and every ``difference`` are other - baseline; ``did`` is the difference of the
         losses under corruption, positive when ``other`` loses less; ``primary`` is the DiD of the mean over all common
         cells with its p-value (labels of whole images swapped). P-values of cells carry Holm's and Benjamini and
-        Hochberg's corrections over all cells of the task.
+        Hochberg's corrections over all cells of the task; each cell also has `difference_tests`.
     """
     cells = [CLEAN, *corrupted_cells(cell for cell in baseline.values if cell in other.values)]
     bad = cells[1:]
@@ -117,6 +120,7 @@ def compare_models(baseline: ModelScores, other: ModelScores, resampling: Resamp
     tested = [cell for cell in bad if cell in p_values]
     by_holm = dict(zip(tested, holm([p_values[c] for c in tested]), strict=True))
     by_bh = dict(zip(tested, benjamini_hochberg([p_values[c] for c in tested]), strict=True))
+    plain = difference_tests(a_IM[:, 1:], b_IM[:, 1:], images, bad, resampling) if images else {}
     return {
         "task": baseline.task,
         "metric": baseline.metric,
@@ -147,6 +151,8 @@ def compare_models(baseline: ModelScores, other: ModelScores, resampling: Resamp
                 "p": p_values.get(cell),
                 "p_holm": by_holm.get(cell),
                 "p_bh": by_bh.get(cell),
+                "did_log": _log_did(a, b, cell).to_json(),
+                **plain.get(cell, {}),
             }
             for cell in bad
         ],
@@ -261,6 +267,11 @@ def _paired(
 
 def _did(a: _Side, b: _Side, cell: Cell) -> Quantity:
     return weighted_sum([b[cell], b[CLEAN], a[cell], a[CLEAN]], [1.0, -1.0, -1.0, 1.0])
+
+
+def _log_did(a: _Side, b: _Side, cell: Cell) -> Quantity:
+    """On the log scale: equal drops from unequal clean scores are not equal robustness."""
+    return difference(*(log_ratio(side[cell], side[CLEAN], name="clean score") for side in (a, b)))
 
 
 def _drops(a_IM: Floats, b_IM: Floats) -> Floats:

@@ -21,6 +21,7 @@ from symphony_vlm.evaluation.statistics import (
 )
 
 __all__ = [
+    "INTERVAL_KINDS",
     "IntervalKind",
     "Quantity",
     "Resampling",
@@ -34,6 +35,7 @@ __all__ = [
 ]
 
 IntervalKind = Literal["percentile", "bca"]
+INTERVAL_KINDS: tuple[IntervalKind, ...] = ("percentile", "bca")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,10 +48,10 @@ td{white-space:nowrap}
 .scroll tbody th,.scroll thead th:first-child{position:sticky;left:0;background:var(--card)}
 .ci{color:var(--muted);font-size:.8125rem}
 .why{display:block;white-space:normal;color:var(--muted);max-width:18rem;margin-left:auto;line-height:1.3}
-table.did td{border:2px solid var(--card);text-align:center}
-table.did thead th{text-align:center}
-table.did thead th:first-child{text-align:left}
-table.did .ci{display:block;font-size:.75rem;color:inherit;opacity:.8}
+table:is(.did,.differences,.retention) td{border:2px solid var(--card);text-align:center}
+table:is(.did,.differences,.retention) thead th{text-align:center}
+table:is(.did,.differences,.retention) thead th:first-child{text-align:left}
+table:is(.did,.differences,.retention) .ci{display:block;font-size:.75rem;color:inherit;opacity:.8}
 table.provenance td{white-space:normal;overflow-wrap:anywhere;text-align:left;min-width:9rem}
 table.provenance thead th{text-align:left}
 tr.differs td{color:var(--warn)}
@@ -64,6 +64,12 @@ tr.differs td{color:var(--warn)}
 .samples{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,440px),1fr));gap:14px}
 .sample{border:1px solid var(--line);border-radius:8px;padding:12px 14px;font-size:.9rem;overflow-wrap:anywhere}
 .sample p{margin:.15rem 0}
+.question{white-space:pre-line}
+.pair{display:grid;grid-template-columns:1fr 1fr;gap:10px;margin:.5rem 0;max-width:340px}
+.pair figure{margin:0}
+.pair img{display:block;width:100%;height:auto;border-radius:4px;border:1px solid var(--line)}
+.pair img.small{image-rendering:pixelated}
+.pair figcaption{color:var(--muted);font-size:.8125rem;margin-top:.2rem}
 .sample table{font-size:.85rem;margin-top:.4rem}
 .sample td,.sample thead th{text-align:left;white-space:normal}
 .sample tbody th{min-width:0;overflow-wrap:break-word}
@@ -96,7 +102,15 @@ def section(key: str, title: str, body: str, *, kind: str = "") -> str:
     return f'<section id="{key}"{style}><h2>{html.escape(title)}</h2>{body}</section>'
 
 
-def page(*, title: str, subtitle: str, sections: Sequence[tuple[str, str]], body: str) -> str:
+def page(
+    *,
+    title: str,
+    subtitle: str,
+    sections: Sequence[tuple[str, str]],
+    body: str,
+    made_by: str = "symphony-vlm report",
+    numbers_in: str = "results.json and cells.csv",
+) -> str:
     """The whole document.
 
     Args:
@@ -104,6 +118,8 @@ def page(*, title: str, subtitle: str, sections: Sequence[tuple[str, str]], body
         subtitle: What was evaluated, as text.
         sections: (key, title) of the sections, for the navigation.
         body: The sections as HTML.
+        made_by: Command, for the footer.
+        numbers_in: Files with all numbers, for the footer.
     """
     links = "".join(f'<a href="#{key}">{html.escape(name)}</a>' for key, name in sections)
     return (
@@ -112,6 +128,6 @@ def page(*, title: str, subtitle: str, sections: Sequence[tuple[str, str]], body
         f'<title>{html.escape(title)}</title><link rel="icon" href="data:,"><style>{_STYLE}</style></head><body>'
         f'<header><h1>{html.escape(title)}</h1><p class="sub">{html.escape(subtitle)}</p>'
         f'<nav aria-label="Sections">{links}</nav></header><main>{body}</main>'
-        "<footer><p>Made by symphony-vlm report. The numbers are in results.json and cells.csv beside this page.</p>"
+        f"<footer><p>Made by {html.escape(made_by)}. The numbers are in {html.escape(numbers_in)} beside this page.</p>"
         "</footer></body></html>\n"
     )

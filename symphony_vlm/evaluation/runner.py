@@ -234,6 +234,7 @@ def _surroundings(
         config_sha256=hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest(),
         model_sha256=manifest["model_sha256"],
         items_sha256=manifest["items_sha256"],
+        data=None if plan.data is None else str(plan.data.resolve() if plan.data.exists() else plan.data),
         corruption_canary=canary(),
         template=model.template,
         dtype=str(model.model.dtype).removeprefix("torch."),
