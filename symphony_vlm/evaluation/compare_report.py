@@ -73,7 +73,7 @@ def write_comparison(
     tasks = check_comparable(pair[0], pair[1])
     data = collect([_only(evaluation, tasks) for evaluation in _told_apart(pair)])
     robustness = robustness_summary(data.scores, resampling or Resampling())
-    warnings = find_warnings(data, robustness)
+    warnings = find_warnings(data, robustness, training=False)
     tables = build_tables(data, robustness)
     with pictures or PictureFinder() as finder:
         samples = choose_samples(data, pictures=finder)

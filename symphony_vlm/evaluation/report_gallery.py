@@ -41,7 +41,7 @@ def _card(sample: FlippedSample, *, say_why: bool) -> str:
     cell = f"{sample.cell[0].replace('_', ' ')}, severity {sample.cell[1]}"
     return (
         f'<article class="sample"><p class="sub">{html.escape(cell)} · {html.escape(sample.item_id)}</p>'
-        f"{_pictures(sample.pictures, cell, say_why=say_why)}"
+        f"{_pictures(sample.pictures, say_why=say_why)}"
         f'<p class="question">{html.escape(sample.question)}</p>'
         f"<p>Answer: <strong>{html.escape(sample.answer)}</strong></p>"
         '<table><thead><tr><th scope="col">model</th><th scope="col">clean</th>'
@@ -50,13 +50,13 @@ def _card(sample: FlippedSample, *, say_why: bool) -> str:
     )
 
 
-def _pictures(pictures: PicturePair | str, cell: str, *, say_why: bool) -> str:
+def _pictures(pictures: PicturePair | str, *, say_why: bool) -> str:
     if isinstance(pictures, str):
         return f'<p class="caption">No pictures: {html.escape(pictures)}.</p>' if say_why else ""
     kind = ' class="small"' if pictures.small else ""
     shown = "".join(
         f'<figure><img{kind} src="{url}" alt="{html.escape(name)} picture"><figcaption>{html.escape(name)}</figcaption>'
         "</figure>"
-        for name, url in (("clean", pictures.clean), (cell, pictures.corrupted))
+        for name, url in (("clean", pictures.clean), ("corrupted", pictures.corrupted))
     )
     return f'<div class="pair">{shown}</div>'

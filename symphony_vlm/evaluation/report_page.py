@@ -49,6 +49,7 @@ td{white-space:nowrap}
 .ci{color:var(--muted);font-size:.8125rem}
 .why{display:block;white-space:normal;color:var(--muted);max-width:18rem;margin-left:auto;line-height:1.3}
 table:is(.did,.differences,.retention) td{border:2px solid var(--card);text-align:center}
+table:is(.did,.differences,.retention) tbody th{vertical-align:middle}
 table:is(.did,.differences,.retention) thead th{text-align:center}
 table:is(.did,.differences,.retention) thead th:first-child{text-align:left}
 table:is(.did,.differences,.retention) .ci{display:block;font-size:.75rem;color:inherit;opacity:.8}
