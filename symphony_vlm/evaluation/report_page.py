@@ -36,7 +36,9 @@ section{background:var(--card);border:1px solid var(--line);border-radius:10px;p
 .warnings{background:var(--warn-bg);border-color:color-mix(in srgb,var(--warn) 45%,var(--line))}
 .warnings h2{color:var(--warn)}
 .warnings ul{margin:.2rem 0;padding-left:1.2rem}
-.scroll{overflow-x:auto;-webkit-overflow-scrolling:touch}
+.scroll{overflow-x:auto;-webkit-overflow-scrolling:touch;
+background:linear-gradient(to left,var(--card) 50%,transparent) right/40px 100% no-repeat local,
+linear-gradient(to left,color-mix(in srgb,var(--ink) 22%,transparent),transparent) right/14px 100% no-repeat scroll}
 table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums;width:100%}
 th,td{padding:.42rem .7rem;border-bottom:1px solid var(--line);text-align:right;vertical-align:top}
 th:first-child{text-align:left;padding-left:2px}
@@ -46,7 +48,7 @@ tbody th{font-weight:500;min-width:9.5rem}
 tbody tr:last-child>*{border-bottom:0}
 td{white-space:nowrap}
 .scroll tbody th,.scroll thead th:first-child{position:sticky;left:0;background:var(--card)}
-.ci{color:var(--muted);font-size:.8125rem}
+.ci{color:var(--muted);font-size:.8125rem;white-space:nowrap}
 .why{display:block;white-space:normal;color:var(--muted);max-width:18rem;margin-left:auto;line-height:1.3}
 table:is(.did,.differences,.retention) td{border:2px solid var(--card);text-align:center}
 table:is(.did,.differences,.retention) tbody th{vertical-align:middle}
@@ -86,12 +88,14 @@ dl{grid-template-columns:1fr;gap:.1rem}dd{margin-bottom:.5rem}
 th,td{padding:.4rem .45rem}tbody th{min-width:7rem}.ci{display:block;font-size:.75rem}}
 @media print{:root{color-scheme:light;--paper:#fff;--card:#fff;--ink:#000;--muted:#444;--line:#bbb;
 --s0:#0072b2;--s1:#d55e00;
---s2:#009e73;--s3:#b0568c;--s4:#2d8fc7;--s5:#b37400;--better:#56b4e9;--worse:#f0a04b;--warn:#8a4b00;--warn-bg:#fff}
+--s2:#009e73;--s3:#b0568c;--s4:#2d8fc7;--s5:#b37400;--better:#56b4e9;--worse:#f0a04b;--warn:#8a4b00;--warn-bg:#fff;
+--good:#00664b;--bad:#a8330a;--accent:#0b5cad}
 body{font-size:10.5pt}nav{display:none}section{border:0;padding:0;margin:14pt 0}
 main,header,footer{max-width:none;padding:0}
-.panel,tr,.sample{break-inside:avoid}h2,h3{break-after:avoid}.scroll{overflow:visible}
+.panel,tr,.sample{break-inside:avoid}h2,h3{break-after:avoid}.scroll{overflow:visible;background:none}
+th,td{padding:.25rem .5rem}.samples{grid-template-columns:1fr 1fr}.pair{max-width:260px}
 .panels{grid-template-columns:repeat(3,1fr)}td{white-space:normal}
-td,.panel{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
+td,.panel,img{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
 """
 
 

@@ -64,14 +64,15 @@ def methods(robustness: Json) -> str:
         (
             "Other intervals",
             f"{used['n_resamples']} bootstrap resamples of whole images (multinomial weights, seed {used['seed']}), "
-            f"{100 * used['level']:.0f} % percentile interval; the same weights for every cell and model, so "
+            f"{100 * used['level']:.0f} % interval ({used['interval']}); the same weights for every cell and model, so "
             "differences are paired. Ratios are resampled as ratios; no interval where the denominator's holds 0.",
         ),
         (
             "Tests",
             "Labels of the two models (or clean and corrupted) swapped for whole images: every pattern up to 20 images "
-            f"that differ, else {used['n_sign_flips']} random ones with p = (1 + hits) / (1 + draws). Two-sided. Exact "
-            "McNemar p-values of each cell are in results.json. Holm's correction is over all cells of a task.",
+            f"that differ, else {used['n_sign_flips']} random ones with p = (1 + hits) / (1 + draws). Two-sided. "
+            "Holm's correction is over all cells of a task. Exact McNemar tests of each cell, which take the questions "
+            "of an image for independent, stand in the JSON file and in cells.csv.",
         ),
         ("Primary hypothesis", "Difference in differences of the unweighted mean over all common corrupted cells."),
         ("Significant", "Only where the interval leaves out 0 and p is below 0.05."),
@@ -84,6 +85,15 @@ def methods(robustness: Json) -> str:
         ),
         ("Severity AUC", "Trapezoids over severity from 0 (clean) to the highest, divided by that range."),
         ("Flips", "Right means a score of at least 0.5. Answer changes compare the parsed answers."),
+        (
+            "Format",
+            "Unparsed: the official rule made nothing of the answer. Format loss: drop by the official rule minus drop "
+            "by the lenient one.",
+        ),
+        (
+            "Training runs",
+            "Student's t over the runs of a router, each run one value; never pooled with intervals over images.",
+        ),
         ("Items without a score", "Left out, or counted wrong where only that reproduces the score in results.json."),
     ]
     body = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd>" for name, text in lines)
