@@ -112,11 +112,11 @@ def report(
 
     Example: symphony-vlm report out/smoe out/symphony_smoe --output out/report
     """
-    from symphony_vlm.evaluation.flip_pictures import PictureFinder
+    from symphony_vlm.evaluation.item_finder import ItemFinder
     from symphony_vlm.evaluation.report import write_report
 
-    finder = PictureFinder(data=data, image_folder=image_folder)
-    page = write_report(results, output, resampling=_resampling(interval), pictures=finder)
+    finder = ItemFinder(data=data, image_folder=image_folder)
+    page = write_report(results, output, resampling=_resampling(interval), finder=finder)
     finish({"report": str(page), "results": str(output / "results.json")}, json_, str(page))
 
 
@@ -135,10 +135,10 @@ def compare(
     Example: symphony-vlm compare out/smoe out/symphony_smoe --output out/comparison
     """
     from symphony_vlm.evaluation.compare_report import write_comparison
-    from symphony_vlm.evaluation.flip_pictures import PictureFinder
+    from symphony_vlm.evaluation.item_finder import ItemFinder
 
-    finder = PictureFinder(data=data, image_folder=image_folder)
-    written = write_comparison(result_a, result_b, output, resampling=_resampling(interval), pictures=finder)
+    finder = ItemFinder(data=data, image_folder=image_folder)
+    written = write_comparison(result_a, result_b, output, resampling=_resampling(interval), finder=finder)
     summary = {
         "comparison": str(written.json),
         "html": str(written.html),

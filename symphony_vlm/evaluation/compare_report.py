@@ -10,7 +10,7 @@ from typing import Any
 from symphony_vlm.errors import InputError
 from symphony_vlm.evaluation.comparable import check_comparable
 from symphony_vlm.evaluation.comparison import robustness_summary
-from symphony_vlm.evaluation.flip_pictures import PictureFinder
+from symphony_vlm.evaluation.item_finder import ItemFinder
 from symphony_vlm.evaluation.quantities import Resampling
 from symphony_vlm.evaluation.report_data import Evaluation, ReportData, collect, load_evaluation
 from symphony_vlm.evaluation.report_files import json_text, manifest_sha256, write_whole
@@ -44,7 +44,7 @@ def write_comparison(
     output: Path,
     *,
     resampling: Resampling | None = None,
-    pictures: PictureFinder | None = None,
+    finder: ItemFinder | None = None,
 ) -> WrittenComparison:
     """Writes ``comparison.json``, ``comparison.html``, ``cells.csv``, ``tables.md`` and ``tables.tex``.
 
@@ -55,7 +55,7 @@ def write_comparison(
         second: Evaluation folder of B, on the same items.
         output: Folder to write to; made if missing.
         resampling: Seed, numbers of draws and kind of intervals and tests.
-        pictures: Finds the pictures of flipped answers; default: where the evaluations had their data.
+        finder: Finds the questions and their pictures; default: where the evaluations had their data.
 
     Raises:
         InputError: A folder cannot be read, the two are not comparable (see `check_comparable`), or ``output`` is a
@@ -75,8 +75,8 @@ def write_comparison(
     robustness = robustness_summary(data.scores, resampling or Resampling())
     warnings = find_warnings(data, robustness, training=False)
     tables = build_tables(data, robustness)
-    with pictures or PictureFinder() as finder:
-        samples = choose_samples(data, pictures=finder)
+    with finder or ItemFinder() as found:
+        samples = choose_samples(data, finder=found)
     parts = build_sections(data, robustness, tables, samples, warnings)
     sections = [part for part in parts if part[0] not in _ABOUT_TRAINING]
     labels = [model.label for model in data.models]

@@ -8,7 +8,7 @@ from typing import Any
 
 from symphony_vlm.errors import InputError
 from symphony_vlm.evaluation.comparison import robustness_summary
-from symphony_vlm.evaluation.flip_pictures import PictureFinder
+from symphony_vlm.evaluation.item_finder import ItemFinder
 from symphony_vlm.evaluation.report_data import Evaluation, ReportData, collect, load_evaluation
 from symphony_vlm.evaluation.report_files import json_text, manifest_sha256, write_whole
 from symphony_vlm.evaluation.report_page import page
@@ -27,7 +27,7 @@ def write_report(
     *,
     baseline: str | None = None,
     resampling: Resampling | None = None,
-    pictures: PictureFinder | None = None,
+    finder: ItemFinder | None = None,
 ) -> Path:
     """Writes ``report.html``, ``results.json``, ``cells.csv``, ``tables.md`` and ``tables.tex``.
 
@@ -40,7 +40,7 @@ def write_report(
         output: Folder to write to; made if missing.
         baseline: Router (or label) of another model to compare with.
         resampling: Seed, numbers of draws and kind of intervals and tests.
-        pictures: Finds the pictures of flipped answers; default: where the evaluations had their data.
+        finder: Finds the questions and their pictures; default: where the evaluations had their data.
 
     Returns:
         The path of report.html.
@@ -58,8 +58,8 @@ def write_report(
     robustness = robustness_summary(data.scores, resampling or Resampling())
     warnings = find_warnings(data, robustness)
     tables = build_tables(data, robustness)
-    with pictures or PictureFinder() as finder:
-        samples = choose_samples(data, pictures=finder)
+    with finder or ItemFinder() as found:
+        samples = choose_samples(data, finder=found)
     sections = build_sections(data, robustness, tables, samples, warnings)
     tasks = ", ".join(dict.fromkeys(scores.task for scores in data.scores))
     html = page(

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from symphony_vlm.evaluation.flip_pictures import PictureFinder, PicturePair
+from symphony_vlm.evaluation.flip_pictures import PicturePair, find_pictures
+from symphony_vlm.evaluation.item_finder import ItemFinder
 from symphony_vlm.evaluation.report_data import ModelInfo, ReportData, read_lines
 from symphony_vlm.evaluation.robustness import CLEAN, Cell, ModelScores, corrupted_cells
 
@@ -40,24 +41,24 @@ class SampleChoice:
     samples: tuple[FlippedSample, ...]
 
 
-def choose_samples(data: ReportData, *, per_kind: int = 4, pictures: PictureFinder | None = None) -> list[SampleChoice]:
+def choose_samples(data: ReportData, *, per_kind: int = 4, finder: ItemFinder | None = None) -> list[SampleChoice]:
     """Flips that one model suffers and the other does not, equally many each way.
 
     Among all (item, corrupted cell) pairs of a kind, those with the smallest sha256 of their names are shown: a choice
     that depends on no model's answers. With a single model: its right-to-wrong flips. Samples bring their pictures if
-    ``pictures`` can find them.
+    ``finder`` finds them.
     """
     choices: list[SampleChoice] = []
     for task in dict.fromkeys(scores.task for scores in data.scores):
         models = [s for s in data.scores if s.task == task and CLEAN in s.records]
         if len(models) == 1:
             title = f"{task}: right on the clean picture, wrong on the corrupted one"
-            choices.append(_choice(data, title, models, _lost(models[0], None), per_kind, pictures))
+            choices.append(_choice(data, title, models, _lost(models[0], None), per_kind, finder))
         for other in models[1:]:
             for loser, keeper in ((models[0], other), (other, models[0])):
                 title = f"{task}: {loser.label} flips to wrong, {keeper.label} stays right"
                 lost = _lost(loser, keeper)
-                choices.append(_choice(data, title, [models[0], other], lost, per_kind, pictures))
+                choices.append(_choice(data, title, [models[0], other], lost, per_kind, finder))
     return [choice for choice in choices if choice.total]
 
 
@@ -87,7 +88,7 @@ def _choice(
     models: Sequence[ModelScores],
     found: Sequence[tuple[str, Cell]],
     per_kind: int,
-    pictures: PictureFinder | None,
+    finder: ItemFinder | None,
 ) -> SampleChoice:
     def key(pair: tuple[str, Cell]) -> str:
         return hashlib.sha256(f"{pair[0]}\n{pair[1]}".encode()).hexdigest()
@@ -107,9 +108,9 @@ def _choice(
         sample = FlippedSample(
             task=models[0].task, cell=cell, item_id=item, question=question, answer=answer, said=said
         )
-        if pictures is not None:
+        if finder is not None:
             bad = texts[0].get((item, cell), {})
-            sample = replace(sample, pictures=pictures.find(owners[0].evaluations, first, bad))
+            sample = replace(sample, pictures=find_pictures(finder, owners[0].evaluations, first, bad))
         samples.append(sample)
     return SampleChoice(title=title, total=len(found), samples=tuple(samples))
 

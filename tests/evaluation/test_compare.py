@@ -24,7 +24,8 @@ from symphony_vlm.cli import app
 from symphony_vlm.errors import InputError
 from symphony_vlm.evaluation.cells import Cell
 from symphony_vlm.evaluation.compare_report import write_comparison
-from symphony_vlm.evaluation.flip_pictures import PictureFinder
+from symphony_vlm.evaluation.flip_pictures import find_pictures
+from symphony_vlm.evaluation.item_finder import ItemFinder
 from symphony_vlm.evaluation.pictures import open_picture
 from symphony_vlm.evaluation.quantities import Resampling
 from symphony_vlm.evaluation.report import write_report
@@ -206,8 +207,8 @@ def test_moved_data_is_found_again(root: Path, data: Path, pair: list[Path], pag
     bare = write_comparison(*folders, tmp_path / "bare", resampling=FAST).html.read_text()
     assert not _images(bare)
     assert "test.json is not on this machine (say where it is: --data)" in bare
-    finder = PictureFinder(data=moved / "test.json")
-    shown = write_comparison(*folders, tmp_path / "out", resampling=FAST, pictures=finder).html.read_text()
+    finder = ItemFinder(data=moved / "test.json")
+    shown = write_comparison(*folders, tmp_path / "out", resampling=FAST, finder=finder).html.read_text()
     assert [image.tobytes() for image in _images(shown)] == [image.tobytes() for image in _images(page)]
 
 
@@ -228,8 +229,8 @@ def _finder_case(folder: Path) -> tuple[Any, dict[str, Any], dict[str, Any]]:
 )
 def test_what_does_not_match_is_not_shown(pair: list[Path], change: dict[str, Any], reason: str) -> None:
     evaluation, clean, bad = _finder_case(pair[0])
-    with PictureFinder() as finder:
-        found = finder.find([evaluation], clean, {**bad, **change})
+    with ItemFinder() as finder:
+        found = find_pictures(finder, [evaluation], clean, {**bad, **change})
     assert isinstance(found, str)
     assert reason in found
 
@@ -238,8 +239,8 @@ def test_a_record_cannot_make_a_file_run(pair: list[Path], tmp_path: Path) -> No
     script = tmp_path / "task.py"
     script.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     evaluation, clean, bad = _finder_case(pair[0])
-    with PictureFinder() as finder:
-        found = finder.find([evaluation], {**clean, "task": str(script)}, bad)
+    with ItemFinder() as finder:
+        found = find_pictures(finder, [evaluation], {**clean, "task": str(script)}, bad)
     assert "task of your own" in str(found)
     assert not (tmp_path / "ran").exists()
 
@@ -255,8 +256,8 @@ def test_generated_scenes_are_drawn_again(pair: list[Path], tmp_path: Path, monk
     del document["provenance"]["data"]
     (folder / "results.json").write_text(json.dumps(document))
     evaluation, clean, bad = _finder_case(folder)
-    with PictureFinder() as finder:
-        found = finder.find([evaluation], clean, bad)
+    with ItemFinder() as finder:
+        found = find_pictures(finder, [evaluation], clean, bad)
     assert not isinstance(found, str)
     assert not (folder / "data").exists()
 
