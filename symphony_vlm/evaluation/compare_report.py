@@ -11,6 +11,7 @@ from symphony_vlm.errors import InputError
 from symphony_vlm.evaluation.comparable import check_comparable
 from symphony_vlm.evaluation.comparison import robustness_summary
 from symphony_vlm.evaluation.item_finder import ItemFinder
+from symphony_vlm.evaluation.own_metric_loading import with_own_metrics
 from symphony_vlm.evaluation.quantities import Resampling
 from symphony_vlm.evaluation.report_data import Evaluation, ReportData, collect, load_evaluation
 from symphony_vlm.evaluation.report_files import json_text, manifest_sha256, write_whole
@@ -72,11 +73,12 @@ def write_comparison(
         raise InputError("an evaluation compared with itself", where=str(pair[1].folder))
     tasks = check_comparable(pair[0], pair[1])
     data = collect([_only(evaluation, tasks) for evaluation in _told_apart(pair)])
+    with finder or ItemFinder() as found:
+        data = with_own_metrics(data, found)
+        samples = choose_samples(data, finder=found)
     robustness = robustness_summary(data.scores, resampling or Resampling())
     warnings = find_warnings(data, robustness, training=False)
     tables = build_tables(data, robustness)
-    with finder or ItemFinder() as found:
-        samples = choose_samples(data, finder=found)
     parts = build_sections(data, robustness, tables, samples, warnings)
     sections = [part for part in parts if part[0] not in _ABOUT_TRAINING]
     labels = [model.label for model in data.models]

@@ -12,6 +12,7 @@ import numpy as np
 
 from symphony_vlm.corruptions.catalogue import COMMON
 from symphony_vlm.evaluation.cell_differences import difference_tests
+from symphony_vlm.evaluation.own_metric import SwapTests, own_quantities, swap_tests
 from symphony_vlm.evaluation.quantities import (
     Quantity,
     Resampling,
@@ -30,6 +31,7 @@ from symphony_vlm.evaluation.robustness import (
     common_corruptions,
     corrupted_cells,
     model_robustness,
+    of_items,
     restrict,
     score_matrix,
     shared_items,
@@ -107,11 +109,24 @@ def compare_models(baseline: ModelScores, other: ModelScores, resampling: Resamp
     clean_sides = (restrict(baseline, clean_items), restrict(other, clean_items))
     shared = shared_items([baseline, other], cells)
     sides = (restrict(baseline, shared), restrict(other, shared)) if shared else (baseline, other)
-    images, a_IM, b_IM, a, b = _paired(sides, cells if shared else [], cells, resampling)
-    clean_images, clean_a, clean_b, first, second = _paired(clean_sides, [CLEAN], [CLEAN], resampling)
+    items = [tuple(map(of_items, pair)) for pair in (sides, clean_sides)]
+    images, a_IM, b_IM, a, b = _paired(items[0], cells if shared else [], cells, resampling)
+    clean_images, clean_a, clean_b, first, second = _paired(items[1], [CLEAN], [CLEAN], resampling)
     headline = [cell for cell in bad if cell[0] in COMMON]
+    own = _own_figures(sides, cells, headline, resampling) if shared else None
+    if own is not None:
+        a, b, swapped = own
+    own_clean = _own_figures(clean_sides, [CLEAN], [], resampling) if clean_items else None
+    if own_clean is not None:
+        first, second, swapped_clean = own_clean
     dids = {cell: _did(a, b, cell) for cell in bad}
     p_values = _did_p_values(a_IM, b_IM, images, cells, resampling) if images else {}
+    primary_p = _primary_p(a_IM, b_IM, images, cells, resampling) if headline and images else None
+    clean_p = _clean_p(clean_a, clean_b, clean_images, resampling)
+    if own is not None:
+        p_values, primary_p = dict(swapped.did), swapped.primary
+    if own_clean is not None:
+        clean_p = swapped_clean.clean
     means = [mean([side[cell] for cell in headline]) for side in (a, b)]
     primary = (
         mean([dids[cell] for cell in headline]) if headline else Quantity(value=None, reason="no common corruption")
@@ -131,7 +146,7 @@ def compare_models(baseline: ModelScores, other: ModelScores, resampling: Resamp
         "n_different_pixels": _different_pixels(sides, cells),
         "clean_difference": {
             **difference(first[CLEAN], second[CLEAN]).to_json(),
-            "p": _clean_p(clean_a, clean_b, clean_images, resampling),
+            "p": clean_p,
             "n_items": len(clean_items),
             "n_images": len(set(clean_images)),
         },
@@ -139,7 +154,7 @@ def compare_models(baseline: ModelScores, other: ModelScores, resampling: Resamp
         "primary": {
             "name": f"difference in differences of the mean over {_grid_name(headline)}",
             **primary.to_json(),
-            "p": _primary_p(a_IM, b_IM, images, cells, resampling) if headline and images else None,
+            "p": primary_p,
             "log_scale": difference(logs[0], logs[1]).to_json(),
         },
         "cells": [
@@ -263,6 +278,17 @@ def _paired(
                 why = reasons.get(cell, "no items in common") if value is not None else "the cell has no score"
                 side[cell] = Quantity(value=value, reason=why)
     return images, a_IM, b_IM, *quantities
+
+
+def _own_figures(
+    sides: Sequence[ModelScores], cells: Sequence[Cell], headline: Sequence[Cell], resampling: Resampling
+) -> tuple[dict[Cell, Quantity], dict[Cell, Quantity], SwapTests] | None:
+    """Figures and tests of a metric that is no mean of item scores; None where it is one, or cannot be recomputed."""
+    first, second = (side.own for side in sides)
+    if first is None or second is None:
+        return None
+    a, b = own_quantities([first, second], cells, resampling)
+    return a, b, swap_tests(first, second, cells, headline, resampling)
 
 
 def _did(a: _Side, b: _Side, cell: Cell) -> Quantity:

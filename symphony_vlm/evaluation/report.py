@@ -9,6 +9,7 @@ from typing import Any
 from symphony_vlm.errors import InputError
 from symphony_vlm.evaluation.comparison import robustness_summary
 from symphony_vlm.evaluation.item_finder import ItemFinder
+from symphony_vlm.evaluation.own_metric_loading import with_own_metrics
 from symphony_vlm.evaluation.report_data import Evaluation, ReportData, collect, load_evaluation
 from symphony_vlm.evaluation.report_files import json_text, manifest_sha256, write_whole
 from symphony_vlm.evaluation.report_page import page
@@ -55,11 +56,12 @@ def write_report(
     if output.exists() and not output.is_dir():
         raise InputError("the output is a file, expected a folder", where=str(output))
     data = collect(_baseline_first(evaluations, baseline))
+    with finder or ItemFinder() as found:
+        data = with_own_metrics(data, found)
+        samples = choose_samples(data, finder=found)
     robustness = robustness_summary(data.scores, resampling or Resampling())
     warnings = find_warnings(data, robustness)
     tables = build_tables(data, robustness)
-    with finder or ItemFinder() as found:
-        samples = choose_samples(data, finder=found)
     sections = build_sections(data, robustness, tables, samples, warnings)
     tasks = ", ".join(dict.fromkeys(scores.task for scores in data.scores))
     html = page(

@@ -91,7 +91,7 @@ def _scores(scores: ModelScores) -> Iterator[str]:
     if missing:
         yield f"{name}: {len(missing)} cells have no score because too many items failed."
     odd = [cell for cell, why in unusable.items() if "mean of the item" in why and cell not in missing]
-    if odd:
+    if odd and scores.own is None:
         yield f"{name}: in {len(odd)} cells the score is not the mean of the item scores; they have no interval here."
     if CLEAN not in scores.values:
         yield f"{name}: the clean images were not evaluated, so there is no retention."

@@ -16,6 +16,7 @@ import numpy as np
 from symphony_vlm.corruptions.catalogue import COMMON, CORRUPTIONS
 from symphony_vlm.evaluation.answer_format import format_figures
 from symphony_vlm.evaluation.cell_records import CLEAN, Cell, CellRecords
+from symphony_vlm.evaluation.own_metric import OwnMetric, own_quantities
 from symphony_vlm.evaluation.quantities import (
     Quantity,
     Resampling,
@@ -29,6 +30,7 @@ from symphony_vlm.evaluation.quantities import (
 from symphony_vlm.evaluation.statistics import Floats, holm, mcnemar, sign_flip_tests
 
 __all__ = [
+    "AGREEMENT",
     "CLEAN",
     "Cell",
     "CellRecords",
@@ -37,14 +39,16 @@ __all__ = [
     "cell_quantities",
     "common_corruptions",
     "corrupted_cells",
+    "is_mean_of_items",
     "model_robustness",
+    "of_items",
     "restrict",
     "score_matrix",
     "severity_auc",
     "shared_items",
 ]
 
-_AGREEMENT = 1e-4
+AGREEMENT = 1e-4
 """How far a score in results.json may lie from the mean of its item scores before we stop resampling those."""
 
 
@@ -63,6 +67,21 @@ class ModelScores:
     chance: float | None = None
     """Score of the best constant answer, if it was measured."""
     chance_name: str = "constant answer"
+    own: OwnMetric | None = None
+    """Where the figure is no mean of item scores and its items were found."""
+
+
+def is_mean_of_items(scores: ModelScores, cell: Cell) -> bool:
+    """Whether a cell's score in results.json is the mean of its item scores."""
+    return cell in scores.records and _consistent(scores.records[cell].scores, scores.values.get(cell)) is not None
+
+
+def of_items(scores: ModelScores) -> ModelScores:
+    """The same model with the mean of its item scores in every cell: flips are about items, whatever the figure is."""
+    if scores.own is None:
+        return scores
+    means = {cell: float(np.nanmean(records.scores)) for cell, records in scores.records.items()}
+    return replace(scores, values={**scores.values, **means}, own=None)
 
 
 def corrupted_cells(cells: Iterable[Cell]) -> list[Cell]:
@@ -112,7 +131,7 @@ def _consistent(scores: Floats, value: float | None) -> Floats | None:
     if value is None or np.isnan(scores).all():
         return None
     for candidate in (scores, np.nan_to_num(scores, nan=0.0)):
-        if abs(float(np.nanmean(candidate)) - value) <= _AGREEMENT:
+        if abs(float(np.nanmean(candidate)) - value) <= AGREEMENT:
             return candidate
     return None
 
@@ -124,6 +143,9 @@ def shared_items(models: Sequence[ModelScores], cells: Collection[Cell]) -> set[
     """
     asked: list[set[str]] = []
     for scores in models:
+        if scores.own is not None:
+            asked.extend(set(scores.own.outcomes[cell]) for cell in cells)
+            continue
         usable = [
             set(scores.records[cell].item_ids)
             for cell in cells
@@ -139,6 +161,8 @@ def restrict(scores: ModelScores, items: set[str]) -> ModelScores:
     Corrupted cells often hold a part of the clean items; a ratio or difference needs the same items on both sides.
     Cells without usable item scores keep the score they have.
     """
+    if scores.own is not None:
+        return _restrict_own(scores, scores.own.restrict(items), items)
     values, kept = dict(scores.values), dict(scores.records)
     for cell, records in scores.records.items():
         usable = _consistent(records.scores, scores.values.get(cell))
@@ -151,9 +175,20 @@ def restrict(scores: ModelScores, items: set[str]) -> ModelScores:
     return replace(scores, values=values, records=kept)
 
 
+def _restrict_own(scores: ModelScores, own: OwnMetric, items: set[str]) -> ModelScores:
+    kept = {
+        cell: records.rows([row for row, item in enumerate(records.item_ids) if item in items])
+        for cell, records in scores.records.items()
+    }
+    values = {cell: own.value(cell) for cell in scores.values}
+    return replace(scores, values=values, records=kept, own=own)
+
+
 def cell_quantities(scores: ModelScores, resampling: Resampling) -> dict[Cell, Quantity]:
     """The score of every cell of a model, all resampled with the same weights."""
     cells = list(scores.values)
+    if scores.own is not None:
+        return own_quantities([scores.own], cells, resampling)[0]
     _, images, scores_IM, unusable = score_matrix(scores.records, cells, scores.values)
     columns = column_means(scores_IM, images, resampling) if images else None
     result: dict[Cell, Quantity] = {}
@@ -212,7 +247,7 @@ def model_robustness(scores: ModelScores, resampling: Resampling) -> dict[str, o
     retention = ratio(corrupted, clean, name="clean score")
     curves = {name: {s: quantities[c, s] for c, s in cells if c == name} | {0: clean} for name, _ in cells}
     areas = {name: severity_auc(curve) for name, curve in curves.items()}
-    flips, flip_cells = _flips(scores, cells, headline, resampling)
+    flips, flip_cells = _flips(of_items(scores), cells, headline, resampling)
     form, form_cells = format_figures(scores.records, cells, headline, resampling)
     return {
         "label": scores.label,
