@@ -26,10 +26,12 @@ from symphony_vlm.evaluation.quantities import (
 )
 from symphony_vlm.evaluation.robustness import (
     CLEAN,
+    NOT_THE_MEAN,
     Cell,
     ModelScores,
     common_corruptions,
     corrupted_cells,
+    is_mean_of_items,
     model_robustness,
     of_items,
     restrict,
@@ -274,10 +276,17 @@ def _paired(
             if known and drawn[offset + column].value is not None:
                 side[cell] = drawn[offset + column]
             else:
-                value = scores.values.get(cell)
-                why = reasons.get(cell, "no items in common") if value is not None else "the cell has no score"
-                side[cell] = Quantity(value=value, reason=why)
+                why = reasons.get(cell) or _why_not_paired(scores, cell)
+                side[cell] = Quantity(value=scores.values.get(cell), reason=why)
     return images, a_IM, b_IM, *quantities
+
+
+def _why_not_paired(scores: ModelScores, cell: Cell) -> str:
+    if scores.values.get(cell) is None:
+        return "the cell has no score"
+    if cell not in scores.records:
+        return "no predictions file for this cell"
+    return "no items in common" if is_mean_of_items(scores, cell) else NOT_THE_MEAN
 
 
 def _own_figures(

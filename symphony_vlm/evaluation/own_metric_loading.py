@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-
 from symphony_vlm.evaluation.cell_records import Cell
 from symphony_vlm.evaluation.item import Outcome
 from symphony_vlm.evaluation.item_finder import ItemFinder

@@ -328,6 +328,7 @@ def _scores(models: Sequence[ModelInfo], rows: Sequence[Row], baselines: Sequenc
                             records=_records_of(model, task, split, len(task_splits) == 1),
                             chance=None if chance is None else chance.value,
                             chance_name="constant answer" if chance is None else chance.name,
+                            best=max(float(row.get("scale", 1.0)) for row in mine if row["metric"] == metric),
                         )
                     )
     return tuple(result)

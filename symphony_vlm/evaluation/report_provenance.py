@@ -25,7 +25,8 @@ def provenance_table(data: ReportData) -> str:
     flat = [
         {
             **dict(_flatten(e.manifest)),
-            **{f"results: {k}": v for k, v in _flatten(e.document.get("provenance") or {})},
+            # Sorted: a report written into its own folder sorts the keys of results.json.
+            **{f"results: {k}": v for k, v in sorted(_flatten(e.document.get("provenance") or {}))},
             **({"recipe": str(e.training["recipe"])} if e.training and e.training.get("recipe") else {}),
         }
         for _, e in columns

@@ -71,7 +71,8 @@ def severity_curves(data: ReportData, robustness: Json) -> str:
             continue
         rows = _rows_by_cell(data, task, models[0].metric)
         for block in (b for b in robustness["models"] if b["task"] == task and b["n_items"] != b["n_clean_items"]):
-            rows[block["label"], CLEAN[0], CLEAN[1]] = block["clean"]
+            on_scale = {k: v * block["best"] for k, v in block["clean"].items() if isinstance(v, float)}
+            rows[block["label"], CLEAN[0], CLEAN[1]] = {**block["clean"], **on_scale}
         scale = 100.0 if all(0 <= (row["value"] or 0) <= 1 for row in rows.values()) else 1.0
         limits = _limits(rows.values(), scale)
         styles = {model.label: style for style, model in enumerate(data.models)}

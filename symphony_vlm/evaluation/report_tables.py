@@ -54,17 +54,20 @@ def build_tables(data: ReportData, robustness: Json) -> list[Table]:
         unit = f"{metric}, %" if scale == 100.0 else metric
         baselines = [b for b in data.baselines if b.task == name and b.metric == metric]
         tables.append(_clean_table(task, unit, scale, metric, rows, data, baselines))
+        shares = 100.0 if all(0 <= (m["clean"]["value"] or 0) <= 1 for m in models) else 1.0
+        if shares != scale:
+            unit = f"{metric}, % of the best"
         groups = _groups_table(task, metric, scale, rows, data)
         tables.extend([groups] if groups else [])
         if any(block["cells"] for block in models):
-            tables.append(_robustness_table(task, unit, scale, models))
+            tables.append(_robustness_table(task, unit, shares, models))
         for comparison in robustness["comparisons"]:
             if comparison["task"] == task:
-                tables.append(_summary_table(comparison, scale))
+                tables.append(_summary_table(comparison, shares))
                 if comparison["cells"]:
-                    tables.extend([did_map(comparison, scale), difference_map(comparison, scale)])
+                    tables.extend([did_map(comparison, shares), difference_map(comparison, shares)])
         tables.extend(retention_maps(models))
-        seeds = seed_table(robustness, task, scale)
+        seeds = seed_table(robustness, task, shares)
         tables.extend([seeds] if seeds else [])
     return tables
 

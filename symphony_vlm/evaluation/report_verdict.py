@@ -57,7 +57,8 @@ def _near_miss(number: Json) -> str:
 def _single_verdict(model: Json) -> str:
     scale = 100.0 if (model["clean"]["value"] or 0) <= 1 else 1.0
     clean = (
-        f"{_interval(model['clean'], scale=scale)}{' %' if scale == 100.0 else ''} {model['metric']} on clean images"
+        f"{_interval(model['clean'], scale=scale)}{' %' if scale == 100.0 else ''}"
+        f"{' of the best' if model['best'] != 1 else ''} {model['metric']} on clean images"
     )
     if model["retention"]["value"] is None:
         return f"On {model['task']}, {model['label']} reaches {clean}; retention: {model['retention']['reason']}."

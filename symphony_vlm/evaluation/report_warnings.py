@@ -92,7 +92,10 @@ def _scores(scores: ModelScores) -> Iterator[str]:
         yield f"{name}: {len(missing)} cells have no score because too many items failed."
     odd = [cell for cell, why in unusable.items() if "mean of the item" in why and cell not in missing]
     if odd and scores.own is None:
-        yield f"{name}: in {len(odd)} cells the score is not the mean of the item scores; they have no interval here."
+        yield (
+            f"{name}: in {len(odd)} cells the score is not the mean of the item scores; they have no interval here, "
+            "because the benchmark's data was not found or gives other figures (see --data)."
+        )
     if CLEAN not in scores.values:
         yield f"{name}: the clean images were not evaluated, so there is no retention."
     grid = {(c, s) for c, _ in scores.values for _, s in scores.values if c != "none" and s != 0}

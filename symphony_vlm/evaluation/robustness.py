@@ -32,6 +32,7 @@ from symphony_vlm.evaluation.statistics import Floats, holm, mcnemar, sign_flip_
 __all__ = [
     "AGREEMENT",
     "CLEAN",
+    "NOT_THE_MEAN",
     "Cell",
     "CellRecords",
     "ModelScores",
@@ -48,6 +49,7 @@ __all__ = [
     "shared_items",
 ]
 
+NOT_THE_MEAN = "the score in results.json is not the mean of the item scores"
 AGREEMENT = 1e-4
 """How far a score in results.json may lie from the mean of its item scores before we stop resampling those."""
 
@@ -67,6 +69,8 @@ class ModelScores:
     chance: float | None = None
     """Score of the best constant answer, if it was measured."""
     chance_name: str = "constant answer"
+    best: float = 1.0
+    """What 1 stands for on the benchmark's own scale (2,000 of MME's perception)."""
     own: OwnMetric | None = None
     """Where the figure is no mean of item scores and its items were found."""
 
@@ -116,7 +120,7 @@ def score_matrix(
             usable[cell] = found
             images.update(zip(records[cell].item_ids, records[cell].images, strict=True))
         elif cell in records:
-            unusable[cell] = "the score in results.json is not the mean of the item scores"
+            unusable[cell] = NOT_THE_MEAN
         else:
             unusable[cell] = "no predictions file for this cell"
     row_of = {item: row for row, item in enumerate(sorted(images))}
@@ -255,6 +259,7 @@ def model_robustness(scores: ModelScores, resampling: Resampling) -> dict[str, o
         "router": scores.router,
         "task": scores.task,
         "metric": scores.metric,
+        "best": scores.best,
         "n_items": len(shared) or None,
         "n_clean_items": asked,
         "corruptions": headline,
