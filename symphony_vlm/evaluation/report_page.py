@@ -93,7 +93,9 @@ th,td{padding:.4rem .45rem}tbody th{min-width:7rem}.ci{display:block;font-size:.
 body{font-size:10.5pt}nav{display:none}section{border:0;padding:0;margin:14pt 0}
 main,header,footer{max-width:none;padding:0}
 .panel,tr,.sample{break-inside:avoid}h2,h3{break-after:avoid}.scroll{overflow:visible;background:none}
-th,td{padding:.25rem .5rem}.samples{grid-template-columns:1fr 1fr}.pair{max-width:260px}
+th,td{padding:.2rem .35rem}table,.sample table{font-size:8pt}.ci,
+table:is(.did,.differences,.retention) .ci{display:block;font-size:7pt}tbody th,table.provenance td{min-width:0}
+thead th{overflow-wrap:anywhere;font-size:7.5pt}.samples{grid-template-columns:1fr 1fr}.pair{max-width:260px}
 .panels{grid-template-columns:repeat(3,1fr)}td{white-space:normal}
 td,.panel,img{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
 """

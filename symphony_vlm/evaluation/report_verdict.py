@@ -14,10 +14,31 @@ Json = Mapping[str, Any]
 
 
 def verdicts(robustness: Json) -> list[str]:
-    """The result in one sentence per pair of models and task (one per model where there is no pair)."""
+    """The result in one sentence per pair of models and task (one per model where there is no pair).
+
+    Where routers have several training runs, what those say comes first.
+    """
+    over_runs = [_seeds_verdict(block) for block in robustness["seeds"] if "difference_in_differences" in block]
     if robustness["comparisons"]:
-        return [_pair_verdict(comparison) for comparison in robustness["comparisons"]]
+        return over_runs + [_pair_verdict(comparison) for comparison in robustness["comparisons"]]
     return [_single_verdict(model) for model in robustness["models"]]
+
+
+def _seeds_verdict(block: Json) -> str:
+    found, runs = block["difference_in_differences"], f"over {len(block['runs'])} training runs"
+    if found["value"] is None:
+        return f"On {block['task']}, {block['router']} and {block['baseline']} {runs}: {found['reason']}."
+    text = f"{_interval(found, signed=True)} points"
+    if not (found["ci_low"] > 0 or found["ci_high"] < 0):
+        return (
+            f"On {block['task']}, {runs} no difference in robustness shown between {block['router']} and "
+            f"{block['baseline']}: the difference of their mean losses is {text}, an interval over runs."
+        )
+    word = "less" if found["value"] > 0 else "more"
+    return (
+        f"On {block['task']}, {runs} {block['router']} loses {figure_of(abs(found['value']))} points {word} than "
+        f"{block['baseline']} under corruption: {text}, an interval over runs."
+    )
 
 
 def _pair_verdict(comparison: Json) -> str:

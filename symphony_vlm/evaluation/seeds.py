@@ -17,6 +17,13 @@ _FIGURES = ("clean", "mean_corrupted", "drop", "retention")
 
 Json = Mapping[str, Any]
 
+_UNLIKE: dict[str, object] = {
+    "value": None,
+    "ci_low": None,
+    "ci_high": None,
+    "reason": "the runs were evaluated in other cells or on other questions",
+}
+
 
 def seed_summary(models: Sequence[Json]) -> list[dict[str, object]]:
     """Student's interval over the runs of each router, and Welch's of the difference to the first router.
@@ -28,7 +35,8 @@ def seed_summary(models: Sequence[Json]) -> list[dict[str, object]]:
         For each task and router with at least two runs: ``task``, ``router``, ``runs`` (their labels), the figures
         ``clean, mean_corrupted, drop, retention`` and, beside another router with two runs or more, ``baseline`` and
         ``difference_in_differences``: the baseline's mean drop minus this router's, positive when this one loses less.
-        A number is ``{"value", "ci_low", "ci_high", "runs"}``, null with a reason where a run lacks the figure.
+        A number is ``{"value", "ci_low", "ci_high", "runs"}``, null with a reason where a run lacks the figure or
+        was evaluated in other cells or on another number of questions.
     """
     found: list[dict[str, object]] = []
     for task in dict.fromkeys(str(model["task"]) for model in models):
@@ -41,12 +49,21 @@ def seed_summary(models: Sequence[Json]) -> list[dict[str, object]]:
         for router, runs in several.items():
             block: dict[str, object] = {"task": task, "router": router, "runs": [run["label"] for run in runs]}
             for figure in _FIGURES:
-                block[figure] = _over_runs(_values(runs, figure))
+                block[figure] = _over_runs(_values(runs, figure)) if _alike(runs) else _UNLIKE
             if baseline in several and router != baseline:
+                first = several[baseline]
                 block["baseline"] = baseline
-                block["difference_in_differences"] = _drop_difference(several[baseline], runs)
+                block["difference_in_differences"] = (
+                    _drop_difference(first, runs) if _alike([*first, *runs]) else _UNLIKE
+                )
             found.append(block)
     return found
+
+
+def _alike(runs: Sequence[Json]) -> bool:
+    """Whether the runs' means are over the same cells and as many questions."""
+    grids = {(run["n_items"], *sorted((c["corruption"], c["severity"]) for c in run["cells"])) for run in runs}
+    return len(grids) == 1
 
 
 def _values(runs: Sequence[Json], figure: str) -> list[float | None]:

@@ -397,9 +397,18 @@ def test_several_training_runs(data: Path, pair: list[Path], tmp_path: Path) -> 
         got = blocks[router]["drop"]
         assert (got["value"], got["ci_low"], got["ci_high"]) == pytest.approx((np.mean(values), low, high))
     welch = stats.ttest_ind(drops["smoe"], drops["symphony_smoe"], equal_var=False).confidence_interval(0.95)
-    did = blocks["symphony_smoe"]["difference_in_differences"]
+    did: Any = blocks["symphony_smoe"]["difference_in_differences"]
     assert (did["ci_low"], did["ci_high"]) == pytest.approx((welch.low, welch.high))
     assert did["value"] == pytest.approx(np.mean(drops["smoe"]) - np.mean(drops["symphony_smoe"]))
     text = page.read_text()
     assert 'id="seeds"' in text
     assert "smoe (3 runs)" in text
+    assert f"over 3 training runs symphony_smoe loses {100 * did['value']:.1f} points less than smoe" in text
+    (runs[2] / "predictions/scenes.fog.5.jsonl").unlink()
+    document = json.loads((runs[2] / "results.json").read_text())
+    document["results"] = [row for row in document["results"] if (row["corruption"], row["severity"]) != ("fog", 5)]
+    (runs[2] / "results.json").write_text(json.dumps(document))
+    page = write_report(runs, tmp_path / "unlike", resampling=FAST)
+    blocks = json.loads((page.parent / "results.json").read_text())["robustness"]["seeds"]
+    assert [block["drop"]["value"] is None for block in blocks] == [True, False]
+    assert all("other cells" in block["difference_in_differences"]["reason"] for block in blocks[1:])
