@@ -17,7 +17,7 @@ _STYLE = """
 --s0:#56b4e9;--s1:#f08c3c;--s2:#2fc79a;--s3:#e39bc4;--s4:#9bd3f5;--s5:#e8b93c}}
 *{box-sizing:border-box}
 html{-webkit-text-size-adjust:100%}
-body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.55 var(--font)}
+body{margin:0;overflow-wrap:break-word;background:var(--paper);color:var(--ink);font:16px/1.55 var(--font)}
 main,header,footer{max-width:1080px;margin:0 auto;padding:0 20px}
 header{padding-top:40px}
 h1{font-size:1.75rem;line-height:1.2;margin:0 0 .3rem;letter-spacing:-.01em}
@@ -75,7 +75,7 @@ tr.differs td{color:var(--warn)}
 .pair figcaption{color:var(--muted);font-size:.8125rem;margin-top:.2rem}
 .sample table{font-size:.85rem;margin-top:.4rem}
 .sample td,.sample thead th{text-align:left;white-space:normal}
-.sample tbody th{min-width:0;overflow-wrap:break-word}
+.sample tbody th{min-width:0;overflow-wrap:anywhere}
 .mark{white-space:nowrap}
 .right{color:var(--good)}.wrong{color:var(--bad)}
 dl{display:grid;grid-template-columns:minmax(8rem,auto) 1fr;gap:.35rem 1.2rem;font-size:.9rem;margin:.4rem 0}
