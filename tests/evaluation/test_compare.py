@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 from scipy import stats
 from typer.testing import CliRunner
 
@@ -30,6 +31,7 @@ from symphony_vlm.evaluation.pictures import open_picture
 from symphony_vlm.evaluation.quantities import Resampling
 from symphony_vlm.evaluation.report import write_report
 from symphony_vlm.evaluation.report_data import load_evaluation
+from symphony_vlm.evaluation.runner import EvaluationPlan, evaluate
 from symphony_vlm.evaluation.statistics import holm, mcnemar
 from symphony_vlm.evaluation.task import get_task
 
@@ -412,3 +414,23 @@ def test_several_training_runs(data: Path, pair: list[Path], tmp_path: Path) -> 
     blocks = json.loads((page.parent / "results.json").read_text())["robustness"]["seeds"]
     assert [block["drop"]["value"] is None for block in blocks] == [True, False]
     assert all("other cells" in block["difference_in_differences"]["reason"] for block in blocks[1:])
+
+
+def test_records_of_the_runner_lead_back_to_their_pictures(data: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
+    """What a real evaluation writes is enough: no folder is named again."""
+    plan = EvaluationPlan(
+        model=str(tiny_model_folder),
+        tasks=("scenes",),
+        data=data,
+        corruptions=("fog",),
+        severities=(3,),
+        limit=8,
+        max_new_tokens=2,
+    )
+    evaluate(plan, tmp_path / "out", console=Console(quiet=True))
+    evaluation, clean, bad = _finder_case(tmp_path / "out")
+    with ItemFinder() as finder:
+        found = find_pictures(finder, [evaluation], clean, bad)
+    assert not isinstance(found, str), found
+    assert found.small
+    assert found.clean != found.corrupted
