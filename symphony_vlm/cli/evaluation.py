@@ -13,8 +13,16 @@ from symphony_vlm.errors import InputError
 
 if TYPE_CHECKING:
     from symphony_vlm.evaluation.plan import EvaluationPlan, Scoring
+    from symphony_vlm.evaluation.quantities import Resampling
 
 __all__: list[str] = []
+
+Interval = Annotated[str, typer.Option(help="Of the bootstrap: percentile, or bca (bias-corrected and accelerated).")]
+MovedData = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(help="Where the benchmark's data is now, to show pictures; default: where eval found it."),
+]
+MovedImages = Annotated[Optional[Path], typer.Option(help="Base of the records' image paths now.")]  # noqa: UP045
 
 
 @app.command("eval")
@@ -120,16 +128,49 @@ def evaluate(
 def report(
     results: Annotated[list[Path], typer.Argument(help="Folders written by eval; the first is the baseline.")],
     output: Annotated[Path, typer.Option(help="Folder for report.html and the tables.")],
+    interval: Interval = "percentile",
+    data: MovedData = None,
+    image_folder: MovedImages = None,
     json_: Json = False,
 ) -> None:
     """Put evaluations of several models into one page and tables.
 
     Example: symphony-vlm report out/smoe out/symphony_smoe --output out/report
     """
+    from symphony_vlm.evaluation.item_finder import ItemFinder
     from symphony_vlm.evaluation.report import write_report
 
-    page = write_report(results, output)
+    finder = ItemFinder(data=data, image_folder=image_folder)
+    page = write_report(results, output, resampling=_resampling(interval), finder=finder)
     finish({"report": str(page), "results": str(output / "results.json")}, json_, str(page))
+
+
+@app.command()
+def compare(
+    result_a: Annotated[Path, typer.Argument(help="Folder written by eval: A, the baseline.")],
+    result_b: Annotated[Path, typer.Argument(help="Folder written by eval: B, asked the same questions.")],
+    output: Annotated[Path, typer.Option(help="Folder for comparison.json, comparison.html and the tables.")],
+    interval: Interval = "percentile",
+    data: MovedData = None,
+    image_folder: MovedImages = None,
+    json_: Json = False,
+) -> None:
+    """Compare two models item by item: is B better than A, and does it lose less under corruption?
+
+    Example: symphony-vlm compare out/smoe out/symphony_smoe --output out/comparison
+    """
+    from symphony_vlm.evaluation.compare_report import write_comparison
+    from symphony_vlm.evaluation.item_finder import ItemFinder
+
+    finder = ItemFinder(data=data, image_folder=image_folder)
+    written = write_comparison(result_a, result_b, output, resampling=_resampling(interval), finder=finder)
+    summary = {
+        "comparison": str(written.json),
+        "html": str(written.html),
+        "verdicts": list(written.verdicts),
+        "primary": dict(written.primary),
+    }
+    finish(summary, json_, "\n".join([*written.verdicts, str(written.html)]))
 
 
 @app.command("inspect")
@@ -177,6 +218,14 @@ def _evaluate_several(plan: EvaluationPlan, models: list[str], output: Path, jso
             console().print(f"{summary.num_errors} items failed ({kinds}); their records name the reason")
     if summary.num_errors:
         raise typer.Exit(3)
+
+
+def _resampling(interval: str) -> Resampling:
+    from symphony_vlm.evaluation.quantities import INTERVAL_KINDS, Resampling
+
+    if interval not in INTERVAL_KINDS:
+        raise InputError(f"{interval!r} is none of {', '.join(INTERVAL_KINDS)}", where="--interval")
+    return Resampling(interval=INTERVAL_KINDS[INTERVAL_KINDS.index(interval)])
 
 
 def _severities(text: str) -> tuple[int, ...]:

@@ -11,25 +11,42 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from symphony_vlm.corruptions.catalogue import COMMON
-from symphony_vlm.evaluation.quantities import Quantity, difference, log_ratio, mean, ratio, weighted_sum
+from symphony_vlm.evaluation.cell_differences import difference_tests
+from symphony_vlm.evaluation.own_metric import SwapTests, own_quantities, swap_tests
+from symphony_vlm.evaluation.quantities import (
+    Quantity,
+    Resampling,
+    column_means,
+    constant,
+    difference,
+    log_ratio,
+    mean,
+    ratio,
+    weighted_sum,
+)
 from symphony_vlm.evaluation.robustness import (
     CLEAN,
+    NOT_THE_MEAN,
     Cell,
     ModelScores,
-    Resampling,
     common_corruptions,
     corrupted_cells,
+    is_mean_of_items,
     model_robustness,
+    of_items,
     restrict,
     score_matrix,
     shared_items,
 )
-from symphony_vlm.evaluation.statistics import Floats, benjamini_hochberg, holm, resampled_means, sign_flip_tests
+from symphony_vlm.evaluation.seeds import seed_summary
+from symphony_vlm.evaluation.statistics import Floats, benjamini_hochberg, holm, sign_flip_tests
 
 __all__ = ["compare_models", "mean_corruption_error", "robustness_summary"]
 
 _SMALLEST_ERROR_RISE = 0.005
 """Relative corruption errors are not formed where the baseline's summed rise of the error is smaller."""
+
+_INTERVALS = {"percentile": "percentile", "bca": "bias-corrected and accelerated (BCa)"}
 
 _Side = Mapping[Cell, Quantity]
 
@@ -42,8 +59,8 @@ def robustness_summary(models: Sequence[ModelScores], resampling: Resampling) ->
         resampling: Seed and numbers of draws.
 
     Returns:
-        JSON with ``parameters``, ``models`` (see `model_robustness`, with the mean corruption errors added) and
-        ``comparisons`` (see `compare_models`).
+        JSON with ``parameters``, ``models`` (see `model_robustness`, with the mean corruption errors added),
+        ``comparisons`` (see `compare_models`) and ``seeds`` (see `seed_summary`).
     """
     summaries: list[dict[str, object]] = []
     comparisons: list[dict[str, object]] = []
@@ -70,11 +87,12 @@ def robustness_summary(models: Sequence[ModelScores], resampling: Resampling) ->
             "n_resamples": resampling.n_resamples,
             "n_sign_flips": resampling.n_draws,
             "level": 0.95,
-            "interval": "percentile bootstrap over images",
+            "interval": f"{_INTERVALS[resampling.interval]} bootstrap over images",
             "smallest_error_rise": _SMALLEST_ERROR_RISE,
         },
         "models": summaries,
         "comparisons": comparisons,
+        "seeds": seed_summary(summaries),
     }
 
 
@@ -85,7 +103,7 @@ def compare_models(baseline: ModelScores, other: ModelScores, resampling: Resamp
         JSON. ``clean_difference`` and every ``difference`` are other - baseline; ``did`` is the difference of the
         losses under corruption, positive when ``other`` loses less; ``primary`` is the DiD of the mean over all common
         cells with its p-value (labels of whole images swapped). P-values of cells carry Holm's and Benjamini and
-        Hochberg's corrections over all cells of the task.
+        Hochberg's corrections over all cells of the task; each cell also has `difference_tests`.
     """
     cells = [CLEAN, *corrupted_cells(cell for cell in baseline.values if cell in other.values)]
     bad = cells[1:]
@@ -93,11 +111,24 @@ def compare_models(baseline: ModelScores, other: ModelScores, resampling: Resamp
     clean_sides = (restrict(baseline, clean_items), restrict(other, clean_items))
     shared = shared_items([baseline, other], cells)
     sides = (restrict(baseline, shared), restrict(other, shared)) if shared else (baseline, other)
-    images, a_IM, b_IM, a, b = _paired(sides, cells if shared else [], cells, resampling)
-    clean_images, clean_a, clean_b, first, second = _paired(clean_sides, [CLEAN], [CLEAN], resampling)
+    items = [tuple(map(of_items, pair)) for pair in (sides, clean_sides)]
+    images, a_IM, b_IM, a, b = _paired(items[0], cells if shared else [], cells, resampling)
+    clean_images, clean_a, clean_b, first, second = _paired(items[1], [CLEAN], [CLEAN], resampling)
     headline = [cell for cell in bad if cell[0] in COMMON]
+    own = _own_figures(sides, cells, headline, resampling) if shared else None
+    if own is not None:
+        a, b, swapped = own
+    own_clean = _own_figures(clean_sides, [CLEAN], [], resampling) if clean_items else None
+    if own_clean is not None:
+        first, second, swapped_clean = own_clean
     dids = {cell: _did(a, b, cell) for cell in bad}
     p_values = _did_p_values(a_IM, b_IM, images, cells, resampling) if images else {}
+    primary_p = _primary_p(a_IM, b_IM, images, cells, resampling) if headline and images else None
+    clean_p = _clean_p(clean_a, clean_b, clean_images, resampling)
+    if own is not None:
+        p_values, primary_p = dict(swapped.did), swapped.primary
+    if own_clean is not None:
+        clean_p = swapped_clean.clean
     means = [mean([side[cell] for cell in headline]) for side in (a, b)]
     primary = (
         mean([dids[cell] for cell in headline]) if headline else Quantity(value=None, reason="no common corruption")
@@ -106,6 +137,7 @@ def compare_models(baseline: ModelScores, other: ModelScores, resampling: Resamp
     tested = [cell for cell in bad if cell in p_values]
     by_holm = dict(zip(tested, holm([p_values[c] for c in tested]), strict=True))
     by_bh = dict(zip(tested, benjamini_hochberg([p_values[c] for c in tested]), strict=True))
+    plain = difference_tests(a_IM[:, 1:], b_IM[:, 1:], images, bad, resampling) if images else {}
     return {
         "task": baseline.task,
         "metric": baseline.metric,
@@ -116,7 +148,7 @@ def compare_models(baseline: ModelScores, other: ModelScores, resampling: Resamp
         "n_different_pixels": _different_pixels(sides, cells),
         "clean_difference": {
             **difference(first[CLEAN], second[CLEAN]).to_json(),
-            "p": _clean_p(clean_a, clean_b, clean_images, resampling),
+            "p": clean_p,
             "n_items": len(clean_items),
             "n_images": len(set(clean_images)),
         },
@@ -124,7 +156,7 @@ def compare_models(baseline: ModelScores, other: ModelScores, resampling: Resamp
         "primary": {
             "name": f"difference in differences of the mean over {_grid_name(headline)}",
             **primary.to_json(),
-            "p": _primary_p(a_IM, b_IM, images, cells, resampling) if headline and images else None,
+            "p": primary_p,
             "log_scale": difference(logs[0], logs[1]).to_json(),
         },
         "cells": [
@@ -136,6 +168,8 @@ def compare_models(baseline: ModelScores, other: ModelScores, resampling: Resamp
                 "p": p_values.get(cell),
                 "p_holm": by_holm.get(cell),
                 "p_bh": by_bh.get(cell),
+                "did_log": _log_did(a, b, cell).to_json(),
+                **plain.get(cell, {}),
             }
             for cell in bad
         ],
@@ -189,9 +223,7 @@ def _summed_error(side: _Side, name: str, severities: Sequence[int], *, relative
         return Quantity(value=None, reason="the metric is not on a scale from 0 to 1")
     if relative:
         return weighted_sum([side[CLEAN], *scores], [float(len(scores)), *[-1.0] * len(scores)])
-    one = Quantity(
-        value=1.0, replicates=next((np.ones_like(q.replicates) for q in scores if q.replicates is not None), None)
-    )
+    one = constant(1.0, next((q for q in scores if q.replicates is not None), scores[0]))
     return weighted_sum([one, *scores], [float(len(scores)), *[-1.0] * len(scores)])
 
 
@@ -237,24 +269,44 @@ def _paired(
     one_sided = np.isnan(a_IM) | np.isnan(b_IM)
     a_IM, b_IM = np.where(one_sided, np.nan, a_IM), np.where(one_sided, np.nan, b_IM)
     quantities: tuple[dict[Cell, Quantity], dict[Cell, Quantity]] = ({}, {})
-    means = replicates = np.zeros((0, 0))
-    if images:
-        both = np.concatenate([a_IM, b_IM], axis=1)
-        means, replicates = resampled_means(both, images, seed=resampling.seed, n_resamples=resampling.n_resamples)
+    drawn = column_means(np.concatenate([a_IM, b_IM], axis=1), images, resampling) if images else []
     for side, scores, offset in zip(quantities, sides, (0, len(resampled)), strict=True):
         for column, cell in enumerate(cells):
             known = images and cell in resampled and cell not in reasons
-            if known and not np.isnan(means[offset + column]):
-                side[cell] = Quantity(value=float(means[offset + column]), replicates=replicates[:, offset + column])
+            if known and drawn[offset + column].value is not None:
+                side[cell] = drawn[offset + column]
             else:
-                value = scores.values.get(cell)
-                why = reasons.get(cell, "no items in common") if value is not None else "the cell has no score"
-                side[cell] = Quantity(value=value, reason=why)
+                why = reasons.get(cell) or _why_not_paired(scores, cell)
+                side[cell] = Quantity(value=scores.values.get(cell), reason=why)
     return images, a_IM, b_IM, *quantities
+
+
+def _why_not_paired(scores: ModelScores, cell: Cell) -> str:
+    if scores.values.get(cell) is None:
+        return "the cell has no score"
+    if cell not in scores.records:
+        return "no predictions file for this cell"
+    return "no items in common" if is_mean_of_items(scores, cell) else NOT_THE_MEAN
+
+
+def _own_figures(
+    sides: Sequence[ModelScores], cells: Sequence[Cell], headline: Sequence[Cell], resampling: Resampling
+) -> tuple[dict[Cell, Quantity], dict[Cell, Quantity], SwapTests] | None:
+    """Figures and tests of a metric that is no mean of item scores; None where it is one, or cannot be recomputed."""
+    first, second = (side.own for side in sides)
+    if first is None or second is None:
+        return None
+    a, b = own_quantities([first, second], cells, resampling)
+    return a, b, swap_tests(first, second, cells, headline, resampling)
 
 
 def _did(a: _Side, b: _Side, cell: Cell) -> Quantity:
     return weighted_sum([b[cell], b[CLEAN], a[cell], a[CLEAN]], [1.0, -1.0, -1.0, 1.0])
+
+
+def _log_did(a: _Side, b: _Side, cell: Cell) -> Quantity:
+    """On the log scale: equal drops from unequal clean scores are not equal robustness."""
+    return difference(*(log_ratio(side[cell], side[CLEAN], name="clean score") for side in (a, b)))
 
 
 def _drops(a_IM: Floats, b_IM: Floats) -> Floats:

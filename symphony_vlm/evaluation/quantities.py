@@ -8,12 +8,45 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
-from symphony_vlm.evaluation.statistics import Floats, percentile_interval
+from symphony_vlm.evaluation.statistics import (
+    Floats,
+    bca_interval,
+    left_out_means,
+    percentile_interval,
+    resampled_means,
+)
 
-__all__ = ["Quantity", "difference", "log_ratio", "mean", "ratio", "weighted_sum"]
+__all__ = [
+    "INTERVAL_KINDS",
+    "IntervalKind",
+    "Quantity",
+    "Resampling",
+    "column_means",
+    "constant",
+    "difference",
+    "log_ratio",
+    "mean",
+    "ratio",
+    "weighted_sum",
+]
+
+IntervalKind = Literal["percentile", "bca"]
+INTERVAL_KINDS: tuple[IntervalKind, ...] = ("percentile", "bca")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resampling:
+    """How intervals and p-values are drawn."""
+
+    seed: int = 0
+    n_resamples: int = 10_000
+    n_draws: int = 100_000
+    """Random sign flips where more than 20 images differ."""
+    interval: IntervalKind = "percentile"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +56,8 @@ class Quantity:
     value: float | None
     replicates: Floats | None = None
     """``[R]``; None where there are no item scores to resample."""
+    left_out: Floats | None = None
+    """``[G]`` the value without one image each, where the BCa interval was asked for."""
     reason: str | None = None
     """Why there is no value, or no interval."""
 
@@ -33,8 +68,41 @@ class Quantity:
         if self.replicates is None or not np.isfinite(self.replicates).any():
             reason = self.reason or "no item scores to resample"
             return {"value": self.value, "ci_low": None, "ci_high": None, "reason": reason}
-        interval = percentile_interval(self.value, self.replicates)
+        if self.left_out is None:
+            interval = percentile_interval(self.value, self.replicates)
+        elif (found := bca_interval(self.value, self.replicates, self.left_out)) is not None:
+            interval = found
+        else:
+            reason = self.reason or "no BCa interval: every resample lies on one side of the value"
+            return {"value": self.value, "ci_low": None, "ci_high": None, "reason": reason}
         return {"value": interval.value, "ci_low": interval.low, "ci_high": interval.high}
+
+
+def column_means(scores_IM: Floats, images: Sequence[str], resampling: Resampling) -> list[Quantity]:
+    """The mean of each column, all resampled with the same weights; without a value where a column has no score."""
+    means_M, replicates_RM = resampled_means(
+        scores_IM, images, seed=resampling.seed, n_resamples=resampling.n_resamples
+    )
+    left_GM = left_out_means(scores_IM, images) if resampling.interval == "bca" else None
+    return [
+        Quantity(value=None, reason="no item has a score")
+        if np.isnan(value)
+        else Quantity(
+            value=float(value),
+            replicates=replicates_RM[:, column],
+            left_out=None if left_GM is None else left_GM[:, column],
+        )
+        for column, value in enumerate(means_M)
+    ]
+
+
+def constant(value: float, like: Quantity) -> Quantity:
+    """A number that is known, with the replicates that let it be combined with ``like``."""
+    return Quantity(
+        value=value,
+        replicates=None if like.replicates is None else np.full_like(like.replicates, value),
+        left_out=None if like.left_out is None else np.full_like(like.left_out, value),
+    )
 
 
 def weighted_sum(parts: Sequence[Quantity], weights: Sequence[float]) -> Quantity:
@@ -46,14 +114,20 @@ def weighted_sum(parts: Sequence[Quantity], weights: Sequence[float]) -> Quantit
     if any(value is None for value in values):
         return Quantity(value=None, reason=reason)
     value = float(sum(w * v for w, v in zip(weights, values, strict=True) if v is not None))
-    columns = [part.replicates for part in parts]
-    if any(column is None for column in columns):
+    replicates = _summed([part.replicates for part in parts], weights)
+    if replicates is None:
         return Quantity(value=value, reason=reason)
-    replicates = np.zeros_like(columns[0])
-    for weight, column in zip(weights, columns, strict=True):
-        assert column is not None
-        replicates = replicates + weight * column
-    return Quantity(value=value, replicates=replicates)
+    return Quantity(value=value, replicates=replicates, left_out=_summed([part.left_out for part in parts], weights))
+
+
+def _summed(columns: Sequence[Floats | None], weights: Sequence[float]) -> Floats | None:
+    known = [column for column in columns if column is not None]
+    if len(known) < len(columns):
+        return None
+    total = np.zeros_like(known[0])
+    for weight, column in zip(weights, known, strict=True):
+        total = total + weight * column
+    return total
 
 
 def mean(parts: Sequence[Quantity]) -> Quantity:
@@ -86,8 +160,19 @@ def ratio(numerator: Quantity, denominator: Quantity, *, name: str, floor: float
     interval = percentile_interval(denominator.value, denominator.replicates)
     if not interval.excludes_zero:
         return Quantity(value=value, reason=f"no interval: that of the {name} contains 0")
+    return Quantity(
+        value=value,
+        replicates=_divided(numerator.replicates, denominator.replicates),
+        left_out=_divided(numerator.left_out, denominator.left_out),
+    )
+
+
+def _divided(first: Floats | None, second: Floats | None) -> Floats | None:
+    if first is None or second is None:
+        return None
     with np.errstate(divide="ignore", invalid="ignore"):
-        return Quantity(value=value, replicates=numerator.replicates / denominator.replicates)
+        quotient: Floats = first / second
+    return quotient
 
 
 def log_ratio(numerator: Quantity, denominator: Quantity, *, name: str) -> Quantity:
@@ -98,4 +183,7 @@ def log_ratio(numerator: Quantity, denominator: Quantity, *, name: str) -> Quant
     if quotient.replicates is None or (quotient.replicates <= 0).any():
         reason = quotient.reason or "no interval: the resampled ratio reaches 0"
         return Quantity(value=float(np.log(quotient.value)), reason=reason)
-    return Quantity(value=float(np.log(quotient.value)), replicates=np.log(quotient.replicates))
+    left_out = quotient.left_out
+    if left_out is not None:
+        left_out = np.log(np.where(left_out > 0, left_out, np.nan))
+    return Quantity(value=float(np.log(quotient.value)), replicates=np.log(quotient.replicates), left_out=left_out)

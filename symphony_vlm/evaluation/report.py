@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from symphony_vlm.errors import InputError
 from symphony_vlm.evaluation.comparison import robustness_summary
+from symphony_vlm.evaluation.item_finder import ItemFinder
+from symphony_vlm.evaluation.own_metric_loading import with_own_metrics
 from symphony_vlm.evaluation.report_attacks import attack_figures, attack_tables, attack_warnings
 from symphony_vlm.evaluation.report_data import Evaluation, ReportData, collect, load_evaluation
+from symphony_vlm.evaluation.report_files import json_text, manifest_sha256, write_whole
 from symphony_vlm.evaluation.report_page import page
 from symphony_vlm.evaluation.report_samples import choose_samples
 from symphony_vlm.evaluation.report_sections import build_sections
@@ -23,7 +24,12 @@ __all__ = ["write_report"]
 
 
 def write_report(
-    folders: Sequence[Path], output: Path, *, baseline: str | None = None, resampling: Resampling | None = None
+    folders: Sequence[Path],
+    output: Path,
+    *,
+    baseline: str | None = None,
+    resampling: Resampling | None = None,
+    finder: ItemFinder | None = None,
 ) -> Path:
     """Writes ``report.html``, ``results.json``, ``cells.csv``, ``tables.md`` and ``tables.tex``.
 
@@ -35,7 +41,8 @@ def write_report(
         folders: Evaluation folders; the first model found is the baseline of the others.
         output: Folder to write to; made if missing.
         baseline: Router (or label) of another model to compare with.
-        resampling: Seed and numbers of draws of intervals and tests.
+        resampling: Seed, numbers of draws and kind of intervals and tests.
+        finder: Finds the questions and their pictures; default: where the evaluations had their data.
 
     Returns:
         The path of report.html.
@@ -51,6 +58,9 @@ def write_report(
         raise InputError("the output is a file, expected a folder", where=str(output))
     data = collect(_baseline_first(evaluations, baseline))
     resampling = resampling or Resampling()
+    with finder or ItemFinder() as found:
+        data = with_own_metrics(data, found)
+        samples = choose_samples(data, finder=found)
     robustness = robustness_summary(data.scores, resampling)
     warnings = [*find_warnings(data, robustness), *attack_warnings(data)]
     tables = build_tables(data, robustness)
@@ -58,7 +68,7 @@ def write_report(
         figures = attack_figures(data, resampling)
         robustness = {**robustness, "attacks": figures}
         tables += attack_tables(data, figures)
-    sections = build_sections(data, robustness, tables, choose_samples(data), warnings)
+    sections = build_sections(data, robustness, tables, samples, warnings)
     tasks = ", ".join(dict.fromkeys(scores.task for scores in data.scores))
     html = page(
         title=f"Evaluation: {tasks}",
@@ -68,11 +78,11 @@ def write_report(
     )
     output.mkdir(parents=True, exist_ok=True)
     merged = _merged(evaluations, data, robustness, warnings)
-    _write(output / _results_name(evaluations, output), _json(merged))
-    _write(output / "cells.csv", cells_csv(data, robustness))
-    _write(output / "tables.md", to_markdown(tables))
-    _write(output / "tables.tex", to_latex(tables))
-    _write(output / "report.html", html)
+    write_whole(output / _results_name(evaluations, output), json_text(merged))
+    write_whole(output / "cells.csv", cells_csv(data, robustness))
+    write_whole(output / "tables.md", to_markdown(tables))
+    write_whole(output / "tables.tex", to_latex(tables))
+    write_whole(output / "report.html", html)
     return output / "report.html"
 
 
@@ -113,13 +123,12 @@ def _merged(
     provenance = []
     for model in data.models:
         for evaluation in model.evaluations:
-            manifest = json.dumps(evaluation.manifest, sort_keys=True, separators=(",", ":")).encode()
             own = evaluation.document.get("provenance")
             provenance.append(
                 {
                     "model": model.model,
                     "router": model.router,
-                    "manifest_sha256": hashlib.sha256(manifest).hexdigest(),
+                    "manifest_sha256": manifest_sha256(evaluation),
                     **(own if isinstance(own, dict) else {}),
                 }
             )
@@ -135,14 +144,3 @@ def _merged(
         "provenance": {"evaluations": provenance},
         "baselines": baselines,
     }
-
-
-def _json(content: Mapping[str, Any]) -> str:
-    return json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _write(path: Path, text: str) -> None:
-    """Replaces the file at once: a reader never sees half of it, and a kill leaves the old one."""
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

@@ -251,7 +251,20 @@ def _cell_records(records: Sequence[Row]) -> CellRecords:
         scores=np.array(scores, dtype=np.float64),
         answers=tuple(_answer(record) for record in records),
         pixels=tuple(record.get("pixels_sha256") for record in records),
+        statuses=_statuses(records),
+        lenient=_lenient(records),
     )
+
+
+def _statuses(records: Sequence[Row]) -> tuple[str, ...]:
+    told = [record.get("parse_status") for record in records]
+    return tuple(map(str, told)) if all(isinstance(status, str) for status in told) else ()
+
+
+def _lenient(records: Sequence[Row]) -> np.ndarray | None:
+    scores = [record.get("lenient") for record in records]
+    numbers = [float(s) if isinstance(s, int | float) else math.nan for s in scores]
+    return None if all(map(math.isnan, numbers)) else np.array(numbers, dtype=np.float64)
 
 
 def _answer(record: Row) -> str:
@@ -330,6 +343,7 @@ def _scores(models: Sequence[ModelInfo], rows: Sequence[Row], baselines: Sequenc
                             records=_records_of(model, task, split, len(task_splits) == 1),
                             chance=None if chance is None else chance.value,
                             chance_name="constant answer" if chance is None else chance.name,
+                            best=max(float(row.get("scale", 1.0)) for row in mine if row["metric"] == metric),
                         )
                     )
     return tuple(result)

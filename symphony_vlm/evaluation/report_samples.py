@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from symphony_vlm.evaluation.flip_pictures import PicturePair, find_pictures
+from symphony_vlm.evaluation.item_finder import ItemFinder
 from symphony_vlm.evaluation.report_data import ModelInfo, ReportData, read_lines
 from symphony_vlm.evaluation.robustness import CLEAN, Cell, ModelScores, corrupted_cells
 
@@ -26,6 +28,8 @@ class FlippedSample:
     answer: str
     said: tuple[tuple[str, str, str, bool, bool], ...]
     """Per model: label, clean prediction, corrupted prediction, right clean, right corrupted."""
+    pictures: PicturePair | str = "pictures were not asked for"
+    """What the models were shown, or why it cannot be shown here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,22 +41,24 @@ class SampleChoice:
     samples: tuple[FlippedSample, ...]
 
 
-def choose_samples(data: ReportData, *, per_kind: int = 4) -> list[SampleChoice]:
+def choose_samples(data: ReportData, *, per_kind: int = 4, finder: ItemFinder | None = None) -> list[SampleChoice]:
     """Flips that one model suffers and the other does not, equally many each way.
 
     Among all (item, corrupted cell) pairs of a kind, those with the smallest sha256 of their names are shown: a choice
-    that depends on no model's answers. With a single model: its right-to-wrong flips.
+    that depends on no model's answers. With a single model: its right-to-wrong flips. Samples bring their pictures if
+    ``finder`` finds them.
     """
     choices: list[SampleChoice] = []
     for task in dict.fromkeys(scores.task for scores in data.scores):
         models = [s for s in data.scores if s.task == task and CLEAN in s.records]
         if len(models) == 1:
             title = f"{task}: right on the clean picture, wrong on the corrupted one"
-            choices.append(_choice(data, title, models, _lost(models[0], None), per_kind))
+            choices.append(_choice(data, title, models, _lost(models[0], None), per_kind, finder))
         for other in models[1:]:
             for loser, keeper in ((models[0], other), (other, models[0])):
                 title = f"{task}: {loser.label} flips to wrong, {keeper.label} stays right"
-                choices.append(_choice(data, title, [models[0], other], _lost(loser, keeper), per_kind))
+                lost = _lost(loser, keeper)
+                choices.append(_choice(data, title, [models[0], other], lost, per_kind, finder))
     return [choice for choice in choices if choice.total]
 
 
@@ -77,7 +83,12 @@ def _right(scores: ModelScores, cell: Cell) -> dict[str, bool | None]:
 
 
 def _choice(
-    data: ReportData, title: str, models: Sequence[ModelScores], found: Sequence[tuple[str, Cell]], per_kind: int
+    data: ReportData,
+    title: str,
+    models: Sequence[ModelScores],
+    found: Sequence[tuple[str, Cell]],
+    per_kind: int,
+    finder: ItemFinder | None,
 ) -> SampleChoice:
     def key(pair: tuple[str, Cell]) -> str:
         return hashlib.sha256(f"{pair[0]}\n{pair[1]}".encode()).hexdigest()
@@ -87,15 +98,20 @@ def _choice(
         # Different questions under different corruptions show more than one question five times over.
         if len(chosen) < per_kind and item not in {i for i, _ in chosen}:
             chosen.append((item, cell))
-    texts = [_texts(next(m for m in data.models if m.label == s.label), s.task, chosen) for s in models]
+    owners = [next(m for m in data.models if m.label == s.label) for s in models]
+    texts = [_texts(owner, s.task, chosen) for owner, s in zip(owners, models, strict=True)]
     samples: list[FlippedSample] = []
     for item, cell in chosen:
         first = texts[0].get((item, CLEAN), {})
         said = tuple(_said(s.label, text, item, cell) for s, text in zip(models, texts, strict=True))
         question, answer = str(first.get("question", "")), str(first.get("answer", ""))
-        samples.append(
-            FlippedSample(task=models[0].task, cell=cell, item_id=item, question=question, answer=answer, said=said)
+        sample = FlippedSample(
+            task=models[0].task, cell=cell, item_id=item, question=question, answer=answer, said=said
         )
+        if finder is not None:
+            bad = texts[0].get((item, cell), {})
+            sample = replace(sample, pictures=find_pictures(finder, owners[0].evaluations, first, bad))
+        samples.append(sample)
     return SampleChoice(title=title, total=len(found), samples=tuple(samples))
 
 

@@ -6,10 +6,12 @@ import csv
 import html
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from symphony_vlm.evaluation.report_data import Baseline, ReportData
+from symphony_vlm.evaluation.report_entries import Entry, Table, entry, figure_of, p_text
+from symphony_vlm.evaluation.report_maps import did_map, difference_map, retention_maps
+from symphony_vlm.evaluation.report_seeds import seed_table
 
 __all__ = [
     "Entry",
@@ -33,67 +35,15 @@ _FLIPS = (
     ("lost_of_clean_right", "Lost among clean-right"),
     ("answer_change_rate", "Answer changes, right or not"),
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Entry:
-    """One cell of a table."""
-
-    main: str
-    interval: str = ""
-    note: str = ""
-    """Shown on hover; the reason of a missing number."""
-    tint: float = 0.0
-    """-1 (worse than the baseline) to 1 (better): the colour behind the number."""
-
-    @property
-    def text(self) -> str:
-        """Number and interval."""
-        return f"{self.main} {self.interval}".strip()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """A table with its heading and what a reader must know to read it."""
-
-    key: str
-    """Which section it belongs to: clean, groups, robustness, summary or did."""
-    title: str
-    caption: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[Entry, ...], ...]
-
-
-def figure_of(value: float | None, *, scale: float = 100.0, signed: bool = False, digits: int = 1) -> str:
-    """A number as printed: percent (or points) unless ``scale`` says otherwise, a real minus sign, – for null."""
-    if value is None:
-        return "–"
-    text = f"{value * scale:{'+' if signed else ''}.{digits}f}"
-    if float(text) == 0:
-        text = text.lstrip("+-")
-    return text.replace("-", "−")
-
-
-def entry(number: Json, *, scale: float = 100.0, signed: bool = False, digits: int = 1, tint: float = 0.0) -> Entry:
-    """The cell of a ``{"value", "ci_low", "ci_high"}``; a missing interval is said, not left out silently."""
-    value, low, high = (number.get(key) for key in ("value", "ci_low", "ci_high"))
-    main = figure_of(value, scale=scale, signed=signed, digits=digits)
-    note = str(number.get("reason") or "")
-    if value is None or low is None or high is None:
-        return Entry(main=main, note=note or ("no interval" if value is not None else "not available"))
-    ends = (figure_of(end, scale=scale, signed=signed, digits=digits) for end in (low, high))
-    return Entry(main=main, interval=f"[{', '.join(ends)}]", note=note, tint=tint)
-
-
-def p_text(p: float | None) -> str:
-    """A p-value as printed."""
-    if p is None:
-        return "–"
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+_FORMAT = (
+    ("unparsed_clean", "Unparsed answers, clean, %"),
+    ("unparsed_rate", "Unparsed answers, corrupted, %"),
+    ("format_loss", "Format loss (official drop minus lenient drop), points"),
+)
 
 
 def build_tables(data: ReportData, robustness: Json) -> list[Table]:
-    """All tables, task by task, in the order of the page."""
+    """All tables, task by task."""
     tables: list[Table] = []
     for task in dict.fromkeys(scores.task for scores in data.scores):
         models = [block for block in robustness["models"] if block["task"] == task]
@@ -104,15 +54,21 @@ def build_tables(data: ReportData, robustness: Json) -> list[Table]:
         unit = f"{metric}, %" if scale == 100.0 else metric
         baselines = [b for b in data.baselines if b.task == name and b.metric == metric]
         tables.append(_clean_table(task, unit, scale, metric, rows, data, baselines))
+        shares = 100.0 if all(0 <= (m["clean"]["value"] or 0) <= 1 for m in models) else 1.0
+        if shares != scale:
+            unit = f"{metric}, % of the best"
         groups = _groups_table(task, metric, scale, rows, data)
         tables.extend([groups] if groups else [])
         if any(block["cells"] for block in models):
-            tables.append(_robustness_table(task, unit, scale, models))
+            tables.append(_robustness_table(task, unit, shares, models))
         for comparison in robustness["comparisons"]:
             if comparison["task"] == task:
-                tables.append(_summary_table(comparison, scale))
+                tables.append(_summary_table(comparison, shares))
                 if comparison["cells"]:
-                    tables.append(_did_table(comparison, scale))
+                    tables.extend([did_map(comparison, shares), difference_map(comparison, shares)])
+        tables.extend(retention_maps(models))
+        seeds = seed_table(robustness, task, shares)
+        tables.extend([seeds] if seeds else [])
     return tables
 
 
@@ -201,6 +157,7 @@ def _robustness_table(task: str, unit: str, scale: float, models: Sequence[Json]
         m["flips"] if "flip_rate" in m["flips"] else {key: m["flips"] for key, _ in _FLIPS} for m in models
     ]
     lines.extend(line(f"{title}, %", [f[key] for f in flips], 100.0) for key, title in _FLIPS)
+    lines.extend(line(title, [m["format"][key] for m in models], 100.0) for key, title in _FORMAT)
     lines.extend(
         line(f"Mean under {name}, {unit}", [m["families"].get(name, {"value": None}) for m in models], scale)
         for name in models[0]["families"]
@@ -262,40 +219,6 @@ def _summary_table(comparison: Json, scale: float) -> Table:
         header=("quantity", "difference [95 % interval]", "p"),
         rows=tuple((Entry(main=name), number, Entry(main=p_text(p))) for name, number, p in rows),
     )
-
-
-def _did_table(comparison: Json, scale: float) -> Table:
-    cells = {(cell["corruption"], cell["severity"]): cell for cell in comparison["cells"]}
-    severities = sorted({severity for _, severity in cells})
-    largest = max((abs(cell["did"]["value"] or 0.0) for cell in cells.values()), default=0.0) or 1.0
-    lines: list[tuple[Entry, ...]] = []
-    for name in dict.fromkeys(corruption for corruption, _ in cells):
-        line = [Entry(main=name.replace("_", " "))]
-        for severity in severities:
-            cell = cells.get((name, severity))
-            line.append(_did_entry(cell, scale, largest) if cell else Entry(main="–", note="not evaluated"))
-        lines.append(tuple(line))
-    return Table(
-        key="did",
-        title=f"Where {comparison['model']} loses less than {comparison['baseline']}: {comparison['task']}",
-        caption=(
-            "Difference in differences against clean in points, by corruption and severity, with 95 % intervals (not "
-            f"adjusted). Blue and positive: {comparison['model']} loses less; orange and negative: it loses more. "
-            f"* p below 0.05 after Holm's correction over {len(cells)} cells."
-        ),
-        header=("corruption", *(f"severity {severity}" for severity in severities)),
-        rows=tuple(lines),
-    )
-
-
-def _did_entry(cell: Json, scale: float, largest: float) -> Entry:
-    value = cell["did"]["value"]
-    base = entry(cell["did"], scale=scale, signed=True, tint=0.0 if value is None else value / largest)
-    star = "*" if cell["p_holm"] is not None and cell["p_holm"] < 0.05 else ""
-    note = (
-        base.note or f"p {p_text(cell['p'])}, Holm {p_text(cell['p_holm'])}, Benjamini-Hochberg {p_text(cell['p_bh'])}"
-    )
-    return Entry(main=base.main + star, interval=base.interval, note=note, tint=base.tint)
 
 
 def _plain(value: Any) -> Entry:
@@ -373,22 +296,27 @@ def _tex(text: str) -> str:
 def cells_csv(data: ReportData, robustness: Json) -> str:
     """Every result with full precision, and beside the headline scores what was derived from them."""
     derived: dict[tuple[str, str, str, int], dict[str, Any]] = {}
+    tests = ("difference_p", "difference_p_holm", "mcnemar_p", "mcnemar_p_holm")
     for block in robustness["models"]:
         for cell in block["cells"]:
-            flips = {k: cell.get(k) for k in ("right_to_wrong", "wrong_to_right")}
             derived[block["task"], block["label"], cell["corruption"], cell["severity"]] = {
                 **_flat("retention", cell["retention"]),
-                **flips,
+                **{k: cell.get(k) for k in ("right_to_wrong", "wrong_to_right")},
+                **{k: cell[k]["value"] for k in ("answer_change_rate", "unparsed_rate", "format_loss") if k in cell},
             }
     for block in robustness["comparisons"]:
         for cell in block["cells"]:
             here = derived.get((block["task"], block["model"], cell["corruption"], cell["severity"]), {})
             here.update({"baseline": block["baseline"], **_flat("did", cell["did"])})
             here.update({key: cell[key] for key in ("p", "p_holm", "p_bh")})
+            here.update(_flat("difference", cell["difference"]))
+            here.update({key: cell.get(key) for key in tests})
     base = ("model", "router", "task", "split", "corruption", "severity", "metric", "value", "ci_low", "ci_high")
     counts = ("n_items", "n_images", "n_errors", "n_unparsed")
-    extra = ("retention", "retention_low", "retention_high", "right_to_wrong", "wrong_to_right")
-    against = ("baseline", "did", "did_low", "did_high", "p", "p_holm", "p_bh")
+    changes = ("right_to_wrong", "wrong_to_right", "answer_change_rate", "unparsed_rate", "format_loss")
+    extra = ("retention", "retention_low", "retention_high", *changes)
+    plain = ("difference", "difference_low", "difference_high", *tests)
+    against = ("baseline", "did", "did_low", "did_high", "p", "p_holm", "p_bh", *plain)
     stream = io.StringIO()
     writer = csv.DictWriter(stream, [*base, *counts, *extra, *against], extrasaction="ignore", lineterminator="\n")
     writer.writeheader()

@@ -13,11 +13,18 @@ from symphony_vlm.evaluation.robustness import CLEAN, ModelScores, score_matrix
 __all__ = ["find_warnings"]
 
 
-def find_warnings(data: ReportData, robustness: Mapping[str, Any]) -> list[str]:
-    """One sentence for each thing that limits the results; an empty list if there is none."""
+def find_warnings(data: ReportData, robustness: Mapping[str, Any], *, training: bool = True) -> list[str]:
+    """One sentence for each thing that limits the results; an empty list if there is none.
+
+    Args:
+        data: What the page shows.
+        robustness: What was computed from it.
+        training: Whether the page shows the training, and so misses the record of one.
+    """
     found = [
         *_counted(data),
         *(text for model in data.models for text in _folder(model)),
+        *(text for model in data.models for text in _training(model) if training),
         *(text for scores in data.scores for text in _scores(scores)),
         *_baselines(data, robustness),
         *_pairs(data, robustness),
@@ -70,6 +77,9 @@ def _folder(model: ModelInfo) -> Iterator[str]:
             yield f"{model.label}: no manifest.json, so what produced these results is not known."
         if not evaluation.records:
             yield f"{model.label}: no predictions, so figures derived from the scores have no interval."
+
+
+def _training(model: ModelInfo) -> Iterator[str]:
     if model.training is None:
         yield f"{model.label}: no training.json, so its training curves and routing are not shown."
 
@@ -81,8 +91,11 @@ def _scores(scores: ModelScores) -> Iterator[str]:
     if missing:
         yield f"{name}: {len(missing)} cells have no score because too many items failed."
     odd = [cell for cell, why in unusable.items() if "mean of the item" in why and cell not in missing]
-    if odd:
-        yield f"{name}: in {len(odd)} cells the score is not the mean of the item scores; they have no interval here."
+    if odd and scores.own is None:
+        yield (
+            f"{name}: in {len(odd)} cells the score is not the mean of the item scores; they have no interval here, "
+            "because the benchmark's data was not found or gives other figures (see --data)."
+        )
     if CLEAN not in scores.values:
         yield f"{name}: the clean images were not evaluated, so there is no retention."
     grid = {(c, s) for c, _ in scores.values for _, s in scores.values if c != "none" and s != 0}

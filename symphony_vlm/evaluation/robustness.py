@@ -14,11 +14,25 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from symphony_vlm.corruptions.catalogue import COMMON, CORRUPTIONS
-from symphony_vlm.evaluation.quantities import Quantity, difference, mean, ratio, weighted_sum
-from symphony_vlm.evaluation.statistics import Floats, holm, mcnemar, resampled_means, sign_flip_tests
+from symphony_vlm.evaluation.answer_format import format_figures
+from symphony_vlm.evaluation.cell_records import CLEAN, Cell, CellRecords
+from symphony_vlm.evaluation.own_metric import OwnMetric, own_quantities
+from symphony_vlm.evaluation.quantities import (
+    Quantity,
+    Resampling,
+    column_means,
+    constant,
+    difference,
+    mean,
+    ratio,
+    weighted_sum,
+)
+from symphony_vlm.evaluation.statistics import Floats, holm, mcnemar, sign_flip_tests
 
 __all__ = [
+    "AGREEMENT",
     "CLEAN",
+    "NOT_THE_MEAN",
     "Cell",
     "CellRecords",
     "ModelScores",
@@ -26,43 +40,18 @@ __all__ = [
     "cell_quantities",
     "common_corruptions",
     "corrupted_cells",
+    "is_mean_of_items",
     "model_robustness",
+    "of_items",
     "restrict",
     "score_matrix",
     "severity_auc",
     "shared_items",
 ]
 
-Cell = tuple[str, int]
-CLEAN: Cell = ("none", 0)
-
-_AGREEMENT = 1e-4
+NOT_THE_MEAN = "the score in results.json is not the mean of the item scores"
+AGREEMENT = 1e-4
 """How far a score in results.json may lie from the mean of its item scores before we stop resampling those."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Resampling:
-    """How intervals and p-values are drawn."""
-
-    seed: int = 0
-    n_resamples: int = 10_000
-    n_draws: int = 100_000
-    """Random sign flips where more than 20 images differ."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CellRecords:
-    """The items of one cell, one entry each."""
-
-    item_ids: tuple[str, ...]
-    images: tuple[str, ...]
-    """The unit of clustering."""
-    scores: Floats
-    """``[I]``; NaN where an item has no score."""
-    answers: tuple[str, ...]
-    """The parsed answer, or the stripped text where nothing was parsed."""
-    pixels: tuple[str | None, ...]
-    """sha256 of the pixels the model was shown."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +69,23 @@ class ModelScores:
     chance: float | None = None
     """Score of the best constant answer, if it was measured."""
     chance_name: str = "constant answer"
+    best: float = 1.0
+    """What 1 stands for on the benchmark's own scale (2,000 of MME's perception)."""
+    own: OwnMetric | None = None
+    """Where the figure is no mean of item scores and its items were found."""
+
+
+def is_mean_of_items(scores: ModelScores, cell: Cell) -> bool:
+    """Whether a cell's score in results.json is the mean of its item scores."""
+    return cell in scores.records and _consistent(scores.records[cell].scores, scores.values.get(cell)) is not None
+
+
+def of_items(scores: ModelScores) -> ModelScores:
+    """The same model with the mean of its item scores in every cell: flips are about items, whatever the figure is."""
+    if scores.own is None:
+        return scores
+    means = {cell: float(np.nanmean(records.scores)) for cell, records in scores.records.items()}
+    return replace(scores, values={**scores.values, **means}, own=None)
 
 
 def corrupted_cells(cells: Iterable[Cell]) -> list[Cell]:
@@ -114,7 +120,7 @@ def score_matrix(
             usable[cell] = found
             images.update(zip(records[cell].item_ids, records[cell].images, strict=True))
         elif cell in records:
-            unusable[cell] = "the score in results.json is not the mean of the item scores"
+            unusable[cell] = NOT_THE_MEAN
         else:
             unusable[cell] = "no predictions file for this cell"
     row_of = {item: row for row, item in enumerate(sorted(images))}
@@ -129,7 +135,7 @@ def _consistent(scores: Floats, value: float | None) -> Floats | None:
     if value is None or np.isnan(scores).all():
         return None
     for candidate in (scores, np.nan_to_num(scores, nan=0.0)):
-        if abs(float(np.nanmean(candidate)) - value) <= _AGREEMENT:
+        if abs(float(np.nanmean(candidate)) - value) <= AGREEMENT:
             return candidate
     return None
 
@@ -141,6 +147,9 @@ def shared_items(models: Sequence[ModelScores], cells: Collection[Cell]) -> set[
     """
     asked: list[set[str]] = []
     for scores in models:
+        if scores.own is not None:
+            asked.extend(set(scores.own.outcomes[cell]) for cell in cells)
+            continue
         usable = [
             set(scores.records[cell].item_ids)
             for cell in cells
@@ -156,40 +165,45 @@ def restrict(scores: ModelScores, items: set[str]) -> ModelScores:
     Corrupted cells often hold a part of the clean items; a ratio or difference needs the same items on both sides.
     Cells without usable item scores keep the score they have.
     """
+    if scores.own is not None:
+        return _restrict_own(scores, scores.own.restrict(items), items)
     values, kept = dict(scores.values), dict(scores.records)
     for cell, records in scores.records.items():
         usable = _consistent(records.scores, scores.values.get(cell))
         rows = [row for row, item in enumerate(records.item_ids) if item in items]
         if usable is None or len(rows) == len(records.item_ids):
             continue
-        kept[cell] = CellRecords(
-            item_ids=tuple(records.item_ids[row] for row in rows),
-            images=tuple(records.images[row] for row in rows),
-            scores=usable[rows],
-            answers=tuple(records.answers[row] for row in rows),
-            pixels=tuple(records.pixels[row] for row in rows),
-        )
+        kept[cell] = replace(records, scores=usable).rows(rows)
         scored = usable[rows][~np.isnan(usable[rows])]
         values[cell] = float(scored.mean()) if len(scored) else None
     return replace(scores, values=values, records=kept)
 
 
+def _restrict_own(scores: ModelScores, own: OwnMetric, items: set[str]) -> ModelScores:
+    kept = {
+        cell: records.rows([row for row, item in enumerate(records.item_ids) if item in items])
+        for cell, records in scores.records.items()
+    }
+    values = {cell: own.value(cell) for cell in scores.values}
+    return replace(scores, values=values, records=kept, own=own)
+
+
 def cell_quantities(scores: ModelScores, resampling: Resampling) -> dict[Cell, Quantity]:
     """The score of every cell of a model, all resampled with the same weights."""
     cells = list(scores.values)
+    if scores.own is not None:
+        return own_quantities([scores.own], cells, resampling)[0]
     _, images, scores_IM, unusable = score_matrix(scores.records, cells, scores.values)
-    replicates = None
-    if images:
-        _, replicates = resampled_means(scores_IM, images, seed=resampling.seed, n_resamples=resampling.n_resamples)
+    columns = column_means(scores_IM, images, resampling) if images else None
     result: dict[Cell, Quantity] = {}
     for column, cell in enumerate(cells):
         value = scores.values[cell]
         if value is None:
             result[cell] = Quantity(value=None, reason="the cell has no score (too many errors)")
-        elif cell in unusable or replicates is None:
+        elif cell in unusable or columns is None:
             result[cell] = Quantity(value=value, reason=unusable.get(cell, "no item scores"))
         else:
-            result[cell] = Quantity(value=value, replicates=replicates[:, column])
+            result[cell] = replace(columns[column], value=value)
     return result
 
 
@@ -237,13 +251,15 @@ def model_robustness(scores: ModelScores, resampling: Resampling) -> dict[str, o
     retention = ratio(corrupted, clean, name="clean score")
     curves = {name: {s: quantities[c, s] for c, s in cells if c == name} | {0: clean} for name, _ in cells}
     areas = {name: severity_auc(curve) for name, curve in curves.items()}
-    flips, flip_cells = _flips(scores, cells, headline, resampling)
+    flips, flip_cells = _flips(of_items(scores), cells, headline, resampling)
+    form, form_cells = format_figures(scores.records, cells, headline, resampling)
     return {
         "label": scores.label,
         "model": scores.model,
         "router": scores.router,
         "task": scores.task,
         "metric": scores.metric,
+        "best": scores.best,
         "n_items": len(shared) or None,
         "n_clean_items": asked,
         "corruptions": headline,
@@ -263,6 +279,7 @@ def model_robustness(scores: ModelScores, resampling: Resampling) -> dict[str, o
         },
         "families": _families(quantities, cells),
         "flips": flips,
+        "format": form,
         "cells": [
             {
                 "corruption": cell[0],
@@ -270,6 +287,7 @@ def model_robustness(scores: ModelScores, resampling: Resampling) -> dict[str, o
                 "score": quantities[cell].to_json(),
                 "retention": ratio(quantities[cell], clean, name="clean score").to_json(),
                 **flip_cells.get(cell, {}),
+                **form_cells.get(cell, {}),
             }
             for cell in cells
         ],
@@ -277,18 +295,16 @@ def model_robustness(scores: ModelScores, resampling: Resampling) -> dict[str, o
 
 
 def _one_minus(part: Quantity) -> Quantity:
-    if part.value is None or part.replicates is None:
-        return Quantity(value=None if part.value is None else 1 - part.value, reason=part.reason)
-    return Quantity(value=1 - part.value, replicates=1 - part.replicates)
+    if part.value is None:
+        return part
+    return replace(difference(part, constant(1.0, part)), reason=part.reason)
 
 
 def _above_chance(corrupted: Quantity, clean: Quantity, scores: ModelScores) -> dict[str, object]:
     chance = scores.chance
     if chance is None:
         return Quantity(value=None, reason="no constant answer was measured").to_json()
-    base = Quantity(
-        value=chance, replicates=None if clean.replicates is None else np.full_like(clean.replicates, chance)
-    )
+    base = constant(chance, clean)
     if clean.value is not None and clean.value <= chance:
         return Quantity(value=None, reason=f"the clean score is not above the {scores.chance_name}").to_json()
     above = ratio(difference(base, corrupted), difference(base, clean), name="clean score above the constant answer")
@@ -316,8 +332,7 @@ def _flips(
     known = [cell for cell in cells if cell not in unusable]
     if CLEAN in unusable or not known:
         return Quantity(value=None, reason=unusable.get(CLEAN, "no corrupted item scores")).to_json(), {}
-    columns = [1 + cells.index(cell) for cell in known]
-    clean_I1, bad_IM = scores_IM[:, :1], scores_IM[:, columns]
+    clean_I1, bad_IM = scores_IM[:, :1], scores_IM[:, [1 + cells.index(cell) for cell in known]]
     both_IM = ~np.isnan(clean_I1) & ~np.isnan(bad_IM)
     right_I1, right_IM = clean_I1 >= 0.5, bad_IM >= 0.5
     parts = {
@@ -327,13 +342,9 @@ def _flips(
         "clean_right": np.broadcast_to(right_I1, bad_IM.shape),
     }
     stacked = np.concatenate([np.where(both_IM, part.astype(float), np.nan) for part in parts.values()], axis=1)
-    values, replicates = resampled_means(stacked, images, seed=resampling.seed, n_resamples=resampling.n_resamples)
-    quantity = {
-        (name, cell): Quantity(value=float(values[i * len(known) + j]), replicates=replicates[:, i * len(known) + j])
-        for i, name in enumerate(parts)
-        for j, cell in enumerate(known)
-        if not np.isnan(values[i * len(known) + j])
-    }
+    columns = iter(column_means(stacked, images, resampling))
+    drawn = {(name, cell): next(columns) for name in parts for cell in known}
+    quantity = {key: one for key, one in drawn.items() if one.value is not None}
     exact = set(np.unique(scores_IM[~np.isnan(scores_IM)])) <= {0.0, 1.0}
     sign_p = sign_flip_tests(bad_IM - clean_I1, images, seed=resampling.seed, n_draws=resampling.n_draws)
     by_cell: dict[Cell, dict[str, object]] = {}
@@ -343,12 +354,15 @@ def _flips(
             "n_paired": int(both_IM[:, j].sum()),
             "right_to_wrong": lost,
             "wrong_to_right": gained,
-            "answer_change_rate": quantity["answer_change_rate", cell].to_json(),
+            "answer_change_rate": drawn["answer_change_rate", cell].to_json(),
             "mcnemar_p": mcnemar(lost, gained) if exact else None,
             "sign_flip_p": sign_p[j],
         }
     for cell, adjusted in zip(known, holm(sign_p), strict=True):
         by_cell[cell]["sign_flip_p_holm"] = adjusted
+    exact_p = [p for cell in known if isinstance(p := by_cell[cell]["mcnemar_p"], float)]
+    for cell, value in zip(known, holm(exact_p) if exact else [None] * len(known), strict=True):
+        by_cell[cell]["mcnemar_p_holm"] = value
     total = {
         name: mean([quantity[name, c] for c in known if c[0] in headline and (name, c) in quantity]) for name in parts
     }

@@ -356,6 +356,7 @@ def _surroundings(
         model_sha256=manifest["model_sha256"],
         items_sha256=manifest["items_sha256"],
         corrupt_at=plan.corrupt_at,
+        data=None if plan.data is None else str(plan.data.resolve() if plan.data.exists() else plan.data),
         corruption_canary=canary(),
         template=model.template,
         dtype=str(model.model.dtype).removeprefix("torch."),

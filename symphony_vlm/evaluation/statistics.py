@@ -19,16 +19,20 @@ from scipy import stats
 
 __all__ = [
     "Interval",
+    "bca_interval",
     "benjamini_hochberg",
     "bootstrap_weights",
     "clustered_bootstrap_mean",
     "difference_in_differences",
     "holm",
+    "left_out_means",
     "mcnemar",
     "paired_difference",
     "percentile_interval",
     "resampled_means",
     "sign_flip_tests",
+    "t_interval",
+    "welch_interval",
     "wilson_interval",
 ]
 
@@ -116,6 +120,34 @@ def resampled_means(
     Returns:
         Means ``[M]`` and replicates ``[R, M]``; NaN where a column (or a resample of it) holds no item.
     """
+    sums_GM, counts_GM = _cluster_sums(scores_IM, clusters)
+    with np.errstate(invalid="ignore"):
+        means = sums_GM.sum(0) / counts_GM.sum(0)
+        replicates = [
+            (weights_RG @ sums_GM) / (weights_RG @ counts_GM)
+            for weights_RG in bootstrap_weights(len(sums_GM), seed=seed, n_resamples=n_resamples)
+        ]
+    return means, np.concatenate(replicates)
+
+
+def left_out_means(scores_IM: ArrayLike, clusters: Sequence[str]) -> Floats:
+    """Column means without one cluster each, which is what `bca_interval` needs beside the replicates.
+
+    Args:
+        scores_IM: ``[I, M]``; NaN as in `resampled_means`.
+        clusters: I cluster names.
+
+    Returns:
+        ``[G, M]``, clusters in the order of their names; NaN where nothing is left.
+    """
+    sums_GM, counts_GM = _cluster_sums(scores_IM, clusters)
+    with np.errstate(invalid="ignore"):
+        left_GM: Floats = (sums_GM.sum(0) - sums_GM) / (counts_GM.sum(0) - counts_GM)
+    return left_GM
+
+
+def _cluster_sums(scores_IM: ArrayLike, clusters: Sequence[str]) -> tuple[Floats, Floats]:
+    """Sums and numbers of scores, ``[G, M]`` each."""
     scores = np.asarray(scores_IM, dtype=np.float64)
     if scores.ndim != 2 or len(scores) != len(clusters) or not len(clusters):
         raise ValueError(f"scores {scores.shape} and {len(clusters)} clusters: need [I, M] with I = clusters >= 1")
@@ -125,13 +157,7 @@ def resampled_means(
     counts_GM = np.zeros_like(sums_GM)
     np.add.at(sums_GM, cluster_I, np.where(present, scores, 0.0))
     np.add.at(counts_GM, cluster_I, present)
-    with np.errstate(invalid="ignore"):
-        means = sums_GM.sum(0) / counts_GM.sum(0)
-        replicates = [
-            (weights_RG @ sums_GM) / (weights_RG @ counts_GM)
-            for weights_RG in bootstrap_weights(len(names), seed=seed, n_resamples=n_resamples)
-        ]
-    return means, np.concatenate(replicates)
+    return sums_GM, counts_GM
 
 
 def percentile_interval(value: float, replicates: ArrayLike, *, level: float = 0.95) -> Interval:
@@ -142,6 +168,82 @@ def percentile_interval(value: float, replicates: ArrayLike, *, level: float = 0
         raise ValueError("percentile_interval: no finite replicate")
     low, high = np.quantile(finite, [(1 - level) / 2, (1 + level) / 2])
     return Interval(value=float(value), low=float(low), high=float(high), level=level)
+
+
+def bca_interval(value: float, replicates: ArrayLike, left_out: ArrayLike, *, level: float = 0.95) -> Interval | None:
+    """The bias-corrected and accelerated interval of bootstrap replicates (Efron 1987).
+
+    Args:
+        value: The estimate.
+        replicates: ``[R]``; those that are not finite are left out.
+        left_out: ``[G]`` the estimate without one cluster each; not finite ones are left out.
+        level: Confidence.
+
+    Returns:
+        None where it is not defined: fewer than two finite estimates without a cluster, or all replicates on one side
+        of the estimate.
+    """
+    drawn = np.asarray(replicates, dtype=np.float64)
+    drawn = drawn[np.isfinite(drawn)]
+    jackknife = np.asarray(left_out, dtype=np.float64)
+    jackknife = jackknife[np.isfinite(jackknife)]
+    if not len(drawn) or len(jackknife) < 2:
+        return None
+    if np.ptp(drawn) == 0 and drawn[0] == value:
+        return Interval(value=float(value), low=float(value), high=float(value), level=level)
+    # Scores are discrete: replicates equal to the estimate lie half below it.
+    below = float((drawn < value).mean() + (drawn == value).mean() / 2)
+    if below in (0.0, 1.0):
+        return None
+    bias = float(stats.norm.ppf(below))
+    deviations = jackknife.mean() - jackknife
+    spread = float((deviations**2).sum())
+    acceleration = float((deviations**3).sum()) / (6 * spread**1.5) if spread > 0 else 0.0
+    z = bias + stats.norm.ppf([(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(drawn, stats.norm.cdf(bias + z / (1 - acceleration * z)))
+    return Interval(value=float(value), low=float(low), high=float(high), level=level)
+
+
+def t_interval(values: Sequence[float], *, level: float = 0.95) -> Interval:
+    """Student's interval of the mean of independent values, one for each training seed.
+
+    Args:
+        values: At least two.
+        level: Confidence.
+
+    Raises:
+        ValueError: Fewer than two values: one run says nothing about another seed.
+    """
+    if len(values) < 2:
+        raise ValueError(f"t_interval needs at least 2 values, got {len(values)}")
+    array = np.asarray(values, dtype=np.float64)
+    return _t_interval(float(array.mean()), float(array.std(ddof=1)) / math.sqrt(len(array)), len(array) - 1, level)
+
+
+def welch_interval(first: Sequence[float], second: Sequence[float], *, level: float = 0.95) -> Interval:
+    """Welch's interval of ``mean(second) - mean(first)`` of two independent groups (Welch 1947).
+
+    Args:
+        first: At least two values.
+        second: At least two values.
+        level: Confidence.
+
+    Raises:
+        ValueError: A group has fewer than two values.
+    """
+    if min(len(first), len(second)) < 2:
+        raise ValueError(f"welch_interval needs at least 2 values a group, got {len(first)} and {len(second)}")
+    parts = [np.asarray(group, dtype=np.float64) for group in (first, second)]
+    squared = [float(part.var(ddof=1)) / len(part) for part in parts]
+    below = sum(v * v / (len(part) - 1) for v, part in zip(squared, parts, strict=True))
+    # Two groups without any spread: the interval is a point, whatever the degrees of freedom.
+    freedom = sum(squared) ** 2 / below if below > 0 else 1.0
+    return _t_interval(float(parts[1].mean() - parts[0].mean()), math.sqrt(sum(squared)), freedom, level)
+
+
+def _t_interval(value: float, error: float, freedom: float, level: float) -> Interval:
+    half = float(stats.t.ppf(0.5 + level / 2, freedom)) * error
+    return Interval(value=value, low=value - half, high=value + half, level=level)
 
 
 def clustered_bootstrap_mean(

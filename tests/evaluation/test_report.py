@@ -18,8 +18,8 @@ import pytest
 
 from symphony_vlm.errors import InputError
 from symphony_vlm.evaluation.report import write_report
-from symphony_vlm.evaluation.report_sections import verdicts
-from symphony_vlm.evaluation.report_tables import figure_of, p_text
+from symphony_vlm.evaluation.report_entries import figure_of, p_text
+from symphony_vlm.evaluation.report_verdict import verdicts
 from symphony_vlm.evaluation.robustness import Resampling
 
 FAST = Resampling(n_resamples=300, n_draws=1000)
@@ -30,6 +30,7 @@ SECTIONS = (
     "types",
     "severity",
     "robustness",
+    "retention",
     "difference",
     "loss",
     "load",
@@ -228,8 +229,8 @@ def test_verdict_says_so_when_there_is_no_difference(tmp_path: Path) -> None:
     pair = [fixture.write_evaluation(tmp_path / r, router=r, sturdiness=0.3) for r in ("smoe", "xmoe")]
     page = write_report(pair, tmp_path / "out", resampling=FAST)
     merged = json.loads((page.parent / "results.json").read_text())
-    assert "no significant difference" in verdicts(merged["robustness"])[0]
-    assert "no significant difference" in page.read_text()
+    assert "no difference in robustness shown" in verdicts(merged["robustness"])[0]
+    assert "no difference in robustness shown" in page.read_text()
 
 
 def test_mce_is_not_called_so_for_three_corruptions(page: str, merged: Any) -> None:

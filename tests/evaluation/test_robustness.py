@@ -22,7 +22,14 @@ from symphony_vlm.evaluation.robustness import (
     model_robustness,
     severity_auc,
 )
-from symphony_vlm.evaluation.statistics import difference_in_differences, mcnemar, paired_difference
+from symphony_vlm.evaluation.statistics import (
+    bca_interval,
+    difference_in_differences,
+    left_out_means,
+    mcnemar,
+    paired_difference,
+    resampled_means,
+)
 
 FAST = Resampling(seed=3, n_resamples=400, n_draws=2000)
 N_IMAGES, PER_IMAGE = 25, 4
@@ -292,3 +299,59 @@ def test_ratios_and_their_reasons() -> None:
     assert "contains 0" in (over.reason or "")
     assert log_ratio(Quantity(value=0.0), Quantity(value=1.0), name="x").value is None
     assert weighted_sum([], []).to_json()["reason"] == "nothing to average"
+
+
+def test_bca_on_request_goes_through_ratios_and_differences() -> None:
+    """Every figure, a ratio among them, has the interval that its own replicates and left-out values give."""
+    model = _model(_grid(1))
+    asked = Resampling(seed=3, n_resamples=400, n_draws=200, interval="bca")
+    percentile: Any = model_robustness(model, FAST)
+    bca: Any = model_robustness(model, asked)
+    for key in ("clean", "mean_corrupted", "drop", "retention"):
+        assert bca[key]["value"] == percentile[key]["value"]
+        assert bca[key]["ci_low"] < bca[key]["value"] < bca[key]["ci_high"]
+    cells = [CLEAN, ("fog", 5)]
+    scores = np.stack([model.records[cell].scores for cell in cells], axis=1)
+    images = list(model.records[CLEAN].images)
+    _, drawn = resampled_means(scores, images, seed=3, n_resamples=400)
+    left = left_out_means(scores, images)
+    by_hand = bca_interval(
+        scores[:, 1].mean() / scores[:, 0].mean(), drawn[:, 1] / drawn[:, 0], left[:, 1] / left[:, 0]
+    )
+    assert by_hand is not None
+    got = next(cell["retention"] for cell in bca["cells"] if (cell["corruption"], cell["severity"]) == ("fog", 5))
+    assert (got["ci_low"], got["ci_high"]) == pytest.approx((by_hand.low, by_hand.high))
+    pair: Any = compare_models(model, _model(_grid(100), label="b"), asked)
+    assert pair["primary"]["ci_low"] < pair["primary"]["value"] < pair["primary"]["ci_high"]
+    assert pair["primary"]["log_scale"]["ci_low"] is not None
+
+
+def test_log_scale_of_every_cell_by_hand() -> None:
+    first, second = _grid(1), _grid(100, loss=0.04)
+    out: Any = compare_models(_model(first), _model(second, label="b"), FAST)
+    for cell in out["cells"]:
+        key = (cell["corruption"], cell["severity"])
+        expected = math.log(second[key].mean() / second[CLEAN].mean()) - math.log(
+            first[key].mean() / first[CLEAN].mean()
+        )
+        assert cell["did_log"]["value"] == pytest.approx(expected)
+
+
+def test_single_runs_have_no_interval_over_seeds() -> None:
+    out: Any = robustness_summary([_model(_grid(1)), _model(_grid(50), label="b")], FAST)
+    assert out["seeds"] == []
+
+
+def test_records_without_status_or_lenient_score_say_so() -> None:
+    out: Any = model_robustness(_model(_grid(1)), FAST)
+    assert out["format"]["unparsed_rate"]["value"] is None
+    assert "do not say" in out["format"]["unparsed_rate"]["reason"]
+    assert "no lenient rule" in out["format"]["format_loss"]["reason"]
+
+
+def test_partial_credit_has_no_mcnemar() -> None:
+    half = np.array([0.3, 1.0, 0.6, 0.0] * 5)
+    out: Any = model_robustness(_model({CLEAN: half, ("fog", 1): half[::-1].copy()}), FAST)
+    assert out["cells"][0]["mcnemar_p"] is None
+    assert out["cells"][0]["mcnemar_p_holm"] is None
+    assert out["cells"][0]["sign_flip_p"] is not None

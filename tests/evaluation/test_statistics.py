@@ -22,6 +22,13 @@ def test_wilson_equals_scipy(right: int, n: int) -> None:
     assert (got.value, got.low, got.high) == pytest.approx((right / n, expected.low, expected.high), abs=1e-12)
 
 
+def test_wilson_of_newcombe() -> None:
+    """Newcombe 1998, Statistics in Medicine 17:857, table I, method 3: 81 of 263 and 1 of 29, to four places."""
+    for right, n, low, high in ((81, 263, 0.2553, 0.3662), (1, 29, 0.0061, 0.1718)):
+        got = st.wilson_interval(right, n)
+        assert (round(got.low, 4), round(got.high, 4)) == (low, high)
+
+
 @pytest.mark.parametrize(("right", "n"), [(0, 0), (3, 2), (-1, 4)])
 def test_wilson_refuses_what_is_no_proportion(right: int, n: int) -> None:
     with pytest.raises(ValueError, match="no proportion"):
@@ -44,6 +51,28 @@ def test_holm_vector_and_order() -> None:
 def test_benjamini_hochberg() -> None:
     assert st.benjamini_hochberg([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.02, 0.04, 0.04, 0.02])
     assert st.benjamini_hochberg([]) == []
+
+
+def test_adjusted_p_values_of_r() -> None:
+    """R's p.adjust(c(0.01, 0.02, 0.03, 0.04, 0.05)) with "holm" and "BH"."""
+    p = [0.01, 0.02, 0.03, 0.04, 0.05]
+    assert st.holm(p) == pytest.approx([0.05, 0.08, 0.09, 0.09, 0.09])
+    assert st.benjamini_hochberg(p) == pytest.approx([0.05] * 5)
+
+
+def test_adjusted_p_values_equal_their_definitions() -> None:
+    """Holm rejects step by step; Benjamini and Hochberg reject up to the last rank below its line."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        p = list(np.round(rng.random(12) ** 2, 3))  # ties too
+        order = sorted(range(12), key=p.__getitem__)
+        for level in (0.01, 0.05, 0.2):
+            steps = 0
+            while steps < 12 and p[order[steps]] <= level / (12 - steps):
+                steps += 1
+            assert {i for i in range(12) if st.holm(p)[i] <= level} == set(order[:steps])
+            last = max((rank + 1 for rank in range(12) if p[order[rank]] <= level * (rank + 1) / 12), default=0)
+            assert {i for i in range(12) if st.benjamini_hochberg(p)[i] <= level + 1e-12} == set(order[:last])
 
 
 def test_weights_do_not_depend_on_chunking(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,3 +181,52 @@ def test_coverage_of_the_clustered_interval() -> None:
         interval = st.clustered_bootstrap_mean(scores, _clusters(60, 4), seed=world, n_resamples=400)
         covered += interval.low <= 0.5 <= interval.high
     assert 0.89 <= covered / 200 <= 0.99
+
+
+def test_bca_equals_scipy_on_the_same_replicates() -> None:
+    scores = np.random.default_rng(3).exponential(size=60)
+    drawn = stats.bootstrap((scores,), np.mean, n_resamples=4000, method="percentile", rng=np.random.default_rng(4))
+    theirs = stats.bootstrap((scores,), np.mean, n_resamples=0, method="BCa", bootstrap_result=drawn)
+    left_out = st.left_out_means(scores[:, None], [f"{i:02d}" for i in range(60)])[:, 0]
+    ours = st.bca_interval(float(scores.mean()), drawn.bootstrap_distribution, left_out)
+    assert ours is not None
+    assert (ours.low, ours.high) == pytest.approx(tuple(theirs.confidence_interval), rel=1e-9)
+    plain = st.percentile_interval(float(scores.mean()), drawn.bootstrap_distribution)
+    assert ours.high > plain.high  # what the correction of a skewed statistic does
+
+
+def test_bca_is_not_defined_on_one_side() -> None:
+    assert st.bca_interval(1.0, np.linspace(0, 0.5, 100), np.linspace(0, 1, 9)) is None
+    assert st.bca_interval(1.0, np.linspace(0, 2, 100), [1.0]) is None
+    same = st.bca_interval(0.25, np.full(50, 0.25), np.full(9, 0.25))
+    assert same is not None
+    assert (same.low, same.high) == (0.25, 0.25)
+
+
+def test_left_out_means_equal_a_loop() -> None:
+    rng = np.random.default_rng(5)
+    scores = rng.random((30, 2))
+    scores[3, 1] = np.nan
+    clusters = np.array([f"c{i // 5}" for i in rng.permutation(30)])
+    loop = [np.nanmean(scores[clusters != name], axis=0) for name in sorted(set(clusters))]
+    np.testing.assert_allclose(st.left_out_means(scores, list(clusters)), loop, rtol=1e-12)
+
+
+def test_t_interval_equals_scipy() -> None:
+    values = [0.61, 0.64, 0.58]
+    low, high = stats.t.interval(0.95, 2, loc=np.mean(values), scale=stats.sem(values))
+    got = st.t_interval(values)
+    assert (got.value, got.low, got.high) == pytest.approx((np.mean(values), low, high))
+    with pytest.raises(ValueError, match="at least 2 values"):
+        st.t_interval([0.5])
+
+
+def test_welch_interval_equals_scipy() -> None:
+    first, second = [0.61, 0.64, 0.58], [0.70, 0.66, 0.71, 0.9]
+    theirs = stats.ttest_ind(second, first, equal_var=False).confidence_interval(0.95)
+    got = st.welch_interval(first, second)
+    assert (got.low, got.high) == pytest.approx((theirs.low, theirs.high))
+    still = st.welch_interval([0.5, 0.5], [0.75, 0.75])
+    assert (still.value, still.low, still.high) == (0.25, 0.25, 0.25)
+    with pytest.raises(ValueError, match="1 and 2"):
+        st.welch_interval([0.5], [0.5, 0.6])
