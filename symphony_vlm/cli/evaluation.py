@@ -47,6 +47,9 @@ def evaluate(
         int,
         typer.Option(help="Answer so many questions of each task also alone, to see whether batches matter.", min=0),
     ] = 0,
+    routing: Annotated[
+        bool, typer.Option("--routing", help="Record the routers and compare corrupted with clean (same answers).")
+    ] = False,
     json_: Json = False,
 ) -> None:
     """Evaluate a model, clean and on corrupted pictures; run the same command again to continue.
@@ -78,6 +81,7 @@ def evaluate(
         scoring=_scoring(scoring),
         max_errors=max_errors,
         check_batch=check_batch,
+        routing=routing,
     )
     summary = run(plan, output, console=console())
     if not summary.first_process:

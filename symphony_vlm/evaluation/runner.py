@@ -29,6 +29,7 @@ from symphony_vlm.evaluation.plan import EvaluationPlan, check_manifest, record_
 from symphony_vlm.evaluation.predictor import AnswersItems
 from symphony_vlm.evaluation.processes import Processes, join
 from symphony_vlm.evaluation.records import merge_records
+from symphony_vlm.evaluation.routing.run import RoutingRun
 from symphony_vlm.evaluation.task import EvaluationItem, Task, get_task
 from symphony_vlm.files import write_json
 from symphony_vlm.model.loading import resolve_model_folder
@@ -92,19 +93,25 @@ def evaluate(plan: EvaluationPlan, output: Path, *, console: Console | None = No
     with processes.first_before_others():
         items = {task.name: list(task.load(plan.data, plan.image_folder, output / "data", plan.seed)) for task in tasks}
     model = open_model(plan.model, device=_device(processes))
+    routing = RoutingRun.of(plan, model, output, processes.rank, console)
     manifest: dict[str, Any] = {}
     with processes.first_before_others():
         if processes.first:
             manifest = check_manifest(plan, output, items)
             for cell in cells:  # what an earlier start has left, of however many processes
                 merge_records(output / "predictions" / cell.file_name)
-    rows, errors = _run_cells(plan, output, cells, items, model, processes, console)
+            if routing is not None:
+                routing.forget_unrouted(cells)
+    rows, errors = _run_cells(plan, output, cells, items, model, processes, console, routing)
     if processes.first:
         surroundings = _surroundings(plan, manifest, model, processes, time.monotonic() - start)
         baselines = [b for task in tasks for b in constant_baselines(task.name, items[task.name], seed=plan.seed)]
         document = {"results": rows, "baselines": baselines, "provenance": surroundings}
         if plan.check_batch:
             document["batch_check"] = _check_batches(plan, output, cells, items, model, console)
+        if routing is not None:
+            drift = routing.results(cells, plan.model, seed=plan.seed)
+            document["robustness"] = {"routing_drift": drift}
         write_json(output / "results.json", document)
         record = Path(resolve_model_folder(plan.model)) / "training.json"
         if record.is_file():
@@ -121,6 +128,7 @@ def _run_cells(
     model: OpenedModel,
     processes: Processes,
     console: Console,
+    routing: RoutingRun | None,
 ) -> tuple[list[dict[str, Any]], Counter[str]]:
     """Rows of results, none in processes other than the first, and how many items failed of what."""
     start = time.monotonic()
@@ -135,7 +143,7 @@ def _run_cells(
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=silent) as bar:
         advance = _Progress(bar, bar.add_task(name, total=total))
         for cell in cells:
-            predictor = _predictor(model, cell.task, plan, plan.batch_size)
+            predictor = _predictor(model if routing is None else routing.of_cell(cell), cell.task, plan, plan.batch_size)
             records = run_cell(
                 cell,
                 chosen[cell.file_name],
@@ -147,6 +155,8 @@ def _run_cells(
             )
             if not processes.first:
                 continue
+            if routing is not None:
+                routing.finish(cell, [item.id for item in chosen[cell.file_name]])
             of_cell = cell_results(plan, cell, router, chosen[cell.file_name], records)
             rows += of_cell
             errors.update(record["error"]["type"] for record in records if record["error"])
