@@ -41,9 +41,7 @@ def cases(*, tiny: bool, device: torch.device) -> Iterator[Case]:
         folder = Path(name)
         scenes = generate_scenes(folder / "scenes", train=8, test=2 if tiny else 8)
         model = random_model("tiny" if tiny else "instruct_small", scenes.train_json, folder).to(device).eval()
-        opened = OpenedModel(
-            model=model, processor=model.processor, router=model.config.moe["router"], is_stock=False
-        )
+        opened = OpenedModel(model=model, processor=model.processor, router=model.config.moe["router"], is_stock=False)
         items = list(get_task("scenes").load(folder / "scenes", None, folder, 0))
         for longest in (2,) if tiny else (1, 16):
             for corruption, severity in (("none", 0), ("fog", 3)):

@@ -12,6 +12,7 @@ from symphony_vlm.errors import InputError
 from symphony_vlm.evaluation.comparison import robustness_summary
 from symphony_vlm.evaluation.report_data import Evaluation, ReportData, collect, load_evaluation
 from symphony_vlm.evaluation.report_page import page
+from symphony_vlm.evaluation.report_routing import merged_blocks, routing_tables
 from symphony_vlm.evaluation.report_samples import choose_samples
 from symphony_vlm.evaluation.report_sections import build_sections
 from symphony_vlm.evaluation.report_tables import build_tables, cells_csv, to_latex, to_markdown
@@ -51,7 +52,7 @@ def write_report(
     data = collect(_baseline_first(evaluations, baseline))
     robustness = robustness_summary(data.scores, resampling or Resampling())
     warnings = find_warnings(data, robustness)
-    tables = build_tables(data, robustness)
+    tables = [*build_tables(data, robustness), *routing_tables(data)]
     sections = build_sections(data, robustness, tables, choose_samples(data), warnings)
     tasks = ", ".join(dict.fromkeys(scores.task for scores in data.scores))
     html = page(
@@ -103,6 +104,7 @@ def _merged(
         # Another program's figures (routing drift) stay beside ours.
         derived = {**(old if isinstance(old, dict) else {}), **derived}
         return {**document, "results": list(data.rows), "robustness": derived}
+    derived["routing_drift"] = merged_blocks(data)
     provenance = []
     for model in data.models:
         for evaluation in model.evaluations:

@@ -10,6 +10,7 @@ from typing import Any
 from symphony_vlm.evaluation.report_data import ReportData
 from symphony_vlm.evaluation.report_figures import Series, legend, severity_panel
 from symphony_vlm.evaluation.report_page import section
+from symphony_vlm.evaluation.report_routing import routing_section
 from symphony_vlm.evaluation.report_samples import FlippedSample, SampleChoice
 from symphony_vlm.evaluation.report_tables import Table, figure_of, p_text, to_html
 from symphony_vlm.evaluation.report_training import expert_graphs, expert_load, loss_curves
@@ -49,6 +50,7 @@ def build_sections(
         ("loss", "Training loss", loss_curves(data), ""),
         ("load", "Expert load", expert_load(data), ""),
         ("graph", "Expert graph", expert_graphs(data), ""),
+        ("routing", "Inside the routers", routing_section(data, tables), ""),
         ("samples", "Flipped samples", _samples(samples), ""),
         ("methods", "Provenance and methods", _provenance(data) + _methods(robustness), ""),
     ]

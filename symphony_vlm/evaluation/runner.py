@@ -110,8 +110,7 @@ def evaluate(plan: EvaluationPlan, output: Path, *, console: Console | None = No
         if plan.check_batch:
             document["batch_check"] = _check_batches(plan, output, cells, items, model, console)
         if routing is not None:
-            drift = routing.results(cells, plan.model, seed=plan.seed)
-            document["robustness"] = {"routing_drift": drift}
+            document["robustness"] = routing.results(cells, items, plan.model, seed=plan.seed)
         write_json(output / "results.json", document)
         record = Path(resolve_model_folder(plan.model)) / "training.json"
         if record.is_file():
@@ -143,7 +142,9 @@ def _run_cells(
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=silent) as bar:
         advance = _Progress(bar, bar.add_task(name, total=total))
         for cell in cells:
-            predictor = _predictor(model if routing is None else routing.of_cell(cell), cell.task, plan, plan.batch_size)
+            predictor = _predictor(
+                model if routing is None else routing.of_cell(cell), cell.task, plan, plan.batch_size
+            )
             records = run_cell(
                 cell,
                 chosen[cell.file_name],

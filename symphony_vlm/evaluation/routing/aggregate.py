@@ -80,8 +80,8 @@ def resampled_figures(
         }
         for name, values in drift_figures(resampled).items():
             replicates[name].append(_with_mean(values).astype(np.float32))
-    values = {name: _with_mean(value) for name, value in drift_figures(total).items()}
-    return ResampledFigures(values, {name: np.concatenate(parts) for name, parts in replicates.items()})
+    point = {name: _with_mean(value) for name, value in drift_figures(total).items()}
+    return ResampledFigures(point, {name: np.concatenate(parts) for name, parts in replicates.items()})
 
 
 def figures_json(figures: ResampledFigures, layers: Sequence[str]) -> dict[str, Any]:
@@ -112,9 +112,7 @@ def counts_json(sums: Mapping[str, Array], layers: Sequence[str]) -> dict[str, A
     """By layer and modality, the integer counts of a cell."""
     totals = {name: sums[name].sum(0, dtype=np.int64) for name in COUNTS}
     return {
-        layer: {
-            kind: {name: totals[name][row, m].tolist() for name in COUNTS} for m, kind in enumerate(MODALITIES)
-        }
+        layer: {kind: {name: totals[name][row, m].tolist() for name in COUNTS} for m, kind in enumerate(MODALITIES)}
         for row, layer in enumerate(layers)
     }
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from symphony_vlm.evaluation.cells import Cell
-from symphony_vlm.evaluation.routing.drift import aligned, drift_figures, drift_sums, token_changes
+from symphony_vlm.evaluation.routing.drift import drift_figures, drift_sums, misaligned, token_changes
 from symphony_vlm.evaluation.routing.measures import entropy, normalized, rank_margin
 from symphony_vlm.evaluation.routing.prompts import MODALITIES, RoutedPrompts
 from symphony_vlm.evaluation.routing.shards import ShardReader, ShardWriter, shard_paths
@@ -50,17 +50,16 @@ class CleanRouting:
         p_TLE = normalized(prompts.scores_TLE.astype(np.float32))
         margin_TL = rank_margin(p_TLE, prompts.num_selected)
         by_token = {"entropy": entropy(p_TLE).mean(1), "margin": margin_TL.mean(1)}
-        item_T = np.repeat(np.arange(len(items)), prompts.lengths)
         facts: list[Facts] = [{} for _ in items]
+        item_T = np.repeat(np.arange(len(items)), prompts.lengths)
         for kind, chosen_T in zip(MODALITIES, (prompts.is_image_T, ~prompts.is_image_T), strict=True):
             tokens_I = np.bincount(item_T[chosen_T], minlength=len(items))
-            means = {
-                name: np.bincount(item_T[chosen_T], values_T[chosen_T], minlength=len(items)) / np.maximum(tokens_I, 1)
-                for name, values_T in by_token.items()
-            }
-            for row, tokens in enumerate(tokens_I.tolist()):
+            totals_I = [np.bincount(item_T[chosen_T], x_T[chosen_T], len(items)) for x_T in by_token.values()]
+            rows = zip(facts, tokens_I.tolist(), *(total_I.tolist() for total_I in totals_I), strict=True)
+            for fact, tokens, *totals in rows:
                 if tokens:
-                    facts[row][kind] = {"tokens": tokens} | {name: _number(v[row]) for name, v in means.items()}
+                    values = (None if total != total else round(total / tokens, 6) for total in totals)
+                    fact[kind] = {"tokens": tokens, **dict(zip(by_token, values, strict=True))}
         return facts
 
 
@@ -73,21 +72,20 @@ class DriftRouting:
 
     def add(self, items: Sequence[str], prompts: RoutedPrompts) -> list[Facts]:
         """Writes the drift of a batch; returns for each item what its record says of it."""
-        facts: list[Facts] = [{} for _ in items]
-        pairs: dict[int, RoutedPrompts] = {}
-        # By file, so that each is read once.
+        facts: list[Facts] = [
+            {"comparable": False, "reason": "the clean prompt has no routing, for the item failed"} for _ in items
+        ]
         known = [row for row, item in enumerate(items) if item in self._clean]
-        for row in sorted(known, key=lambda row: (self._clean.path_of(items[row]), row)):
-            clean = RoutedPrompts.from_arrays(self._clean.read(items[row]))
-            reason = aligned(clean, prompts.take([row]))
-            if reason is None:
-                pairs[row] = clean
+        if not known:
+            return facts
+        clean = RoutedPrompts.from_arrays(self._clean.read([items[row] for row in known]))
+        reasons = misaligned(clean, prompts.take(known))
+        for row, reason in zip(known, reasons, strict=True):
             facts[row] = {"comparable": reason is None} | ({} if reason is None else {"reason": reason})
-        for row in set(range(len(items))) - set(known):
-            facts[row] = {"comparable": False, "reason": "the clean prompt has no routing, for the item failed"}
-        rows = sorted(pairs)
+        rows = [row for row, reason in zip(known, reasons, strict=True) if reason is None]
         if rows:
-            clean, corrupted = RoutedPrompts.concatenate([pairs[row] for row in rows]), prompts.take(rows)
+            clean = clean.take([n for n, reason in enumerate(reasons) if reason is None])
+            corrupted = prompts.take(rows)
             sums = drift_sums(clean, corrupted)
             self._writer.write([items[row] for row in rows], sums | _image_changes(clean, corrupted))
             for row, found in zip(rows, _recorded(sums), strict=True):
@@ -106,18 +104,17 @@ def _image_changes(clean: RoutedPrompts, corrupted: RoutedPrompts) -> dict[str, 
 
 def _recorded(sums: dict[str, NDArray[Any]]) -> list[Facts]:
     """For each item the `RECORDED` figures by modality, means over the layers."""
-    figures = {name: values_ILM.mean(1) for name, values_ILM in drift_figures(sums).items() if name in RECORDED}
+    figures = drift_figures(sums)
+    values_IMF = np.stack([figures[name].mean(1) for name in RECORDED], axis=-1)
     present_IM = sums["tokens"][:, 0] > 0
     return [
-        {
-            kind: {name: _number(figures[name][row, m]) for name in RECORDED}
-            for m, kind in enumerate(MODALITIES)
-            if present[m]
-        }
-        for row, present in enumerate(present_IM.tolist())
+        {kind: facts for kind, facts, here in zip(MODALITIES, by_kind, present, strict=True) if here}
+        for by_kind, present in zip(_numbers(values_IMF), present_IM.tolist(), strict=True)
     ]
 
 
-def _number(value: Any) -> float | None:
+def _numbers(values_IMF: NDArray[Any]) -> list[list[Facts]]:
     """Six digits: below them is what 16-bit scores leave out. None for what is not defined."""
-    return None if np.isnan(value) else round(float(value), 6)
+    rounded = np.round(values_IMF.astype(np.float64), 6) + 0.0  # no -0
+    known = np.where(np.isnan(rounded), None, rounded)  # type: ignore[call-overload]
+    return [[dict(zip(RECORDED, row, strict=True)) for row in by_kind] for by_kind in known.tolist()]

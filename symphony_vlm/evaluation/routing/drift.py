@@ -28,7 +28,7 @@ from symphony_vlm.evaluation.routing.measures import (
 )
 from symphony_vlm.evaluation.routing.prompts import MODALITIES, RoutedPrompts
 
-__all__ = ["COUNTS", "FIGURES", "aligned", "drift_figures", "drift_sums", "token_changes"]
+__all__ = ["COUNTS", "FIGURES", "drift_figures", "drift_sums", "misaligned", "token_changes"]
 
 Array = NDArray[Any]
 
@@ -74,13 +74,18 @@ FIGURES = {
 """What `drift_figures` gives."""
 
 
-def aligned(clean: RoutedPrompts, corrupted: RoutedPrompts) -> str | None:
-    """Why the prompts of one item cannot be compared token by token; None if they can."""
-    if clean.lengths.sum() != corrupted.lengths.sum():
-        return f"{int(clean.lengths.sum())} tokens clean, {int(corrupted.lengths.sum())} corrupted"
-    if (clean.is_image_T != corrupted.is_image_T).any():
-        return "the pictures stand at other positions"
-    return None
+def misaligned(clean: RoutedPrompts, corrupted: RoutedPrompts) -> list[str | None]:
+    """For each item why its prompts cannot be compared token by token; None if they can."""
+    reasons: list[str | None] = [
+        None if before == after else f"{before} tokens clean, {after} corrupted"
+        for before, after in zip(clean.lengths.tolist(), corrupted.lengths.tolist(), strict=True)
+    ]
+    rows = [row for row, reason in enumerate(reasons) if reason is None]
+    moved_T = clean.take(rows).is_image_T != corrupted.take(rows).is_image_T
+    item_T = np.repeat(rows, clean.lengths[rows])
+    for row in np.unique(item_T[moved_T]).tolist():
+        reasons[row] = "the pictures stand at other positions"
+    return reasons
 
 
 def drift_sums(clean: RoutedPrompts, corrupted: RoutedPrompts) -> dict[str, Array]:
@@ -88,14 +93,14 @@ def drift_sums(clean: RoutedPrompts, corrupted: RoutedPrompts) -> dict[str, Arra
 
     Args:
         clean: prompts of I items.
-        corrupted: of the same items, aligned (`aligned`).
+        corrupted: of the same items, aligned (`misaligned`).
 
     Returns:
         The counts of `COUNTS`, int32 ``[I, L, M]`` or ``[I, L, M, n]``, and float32 sums of the measures of a token.
     """
     assert (clean.lengths == corrupted.lengths).all() and (clean.is_image_T == corrupted.is_image_T).all()
     size = _Sizes(clean)
-    same_TL, same_plain_TL = shared_experts(clean.selected_TLK, corrupted.selected_TLK), None
+    same_TL = shared_experts(clean.selected_TLK, corrupted.selected_TLK)
     same_plain_TL = shared_experts(clean.plain_TLK, corrupted.plain_TLK)
     kept_TL, kept_plain_TL = same_TL == size.K, same_plain_TL == size.K
     sums = {
@@ -171,12 +176,12 @@ class _Sizes:
     """Sums values of tokens by item, layer and modality."""
 
     def __init__(self, prompts: RoutedPrompts) -> None:
-        self.I, self.L = len(prompts.lengths), prompts.num_layers
+        num_items, num_layers = len(prompts.lengths), prompts.num_layers
         self.E, self.K = prompts.num_experts, prompts.num_selected
-        item_T = np.repeat(np.arange(self.I), prompts.lengths)
+        item_T = np.repeat(np.arange(num_items), prompts.lengths)
         kind_T = np.where(prompts.is_image_T, 0, 1)
-        self._place_TL = (item_T[:, None] * self.L + np.arange(self.L)) * len(MODALITIES) + kind_T[:, None]
-        self._shape = (self.I, self.L, len(MODALITIES))
+        self._place_TL = (item_T[:, None] * num_layers + np.arange(num_layers)) * len(MODALITIES) + kind_T[:, None]
+        self._shape = (num_items, num_layers, len(MODALITIES))
 
     def sums(self, values_TL: Array) -> Array:
         """``[T, L] -> [I, L, M]``, in float64, token after token."""
@@ -194,7 +199,7 @@ def _measures(clean: RoutedPrompts, corrupted: RoutedPrompts, size: _Sizes) -> l
     """Measures of every token, ``[T, L]`` float32; both sides come rounded to 16 bits, so equal ones are exactly 0."""
     p_TLE, q_TLE = (normalized(side.scores_TLE.astype(np.float32)) for side in (clean, corrupted))
     plain_p_TLE, plain_q_TLE = p_TLE, q_TLE
-    if not (np.array_equal(clean.plain_TLE, clean.scores_TLE)):
+    if not np.array_equal(clean.plain_TLE, clean.scores_TLE):
         plain_p_TLE, plain_q_TLE = (normalized(side.plain_TLE.astype(np.float32)) for side in (clean, corrupted))
     weights = (
         sparse_rows(side.weights_TLK.astype(np.float32), side.selected_TLK, size.E) for side in (clean, corrupted)

@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
+
+from symphony_vlm.evaluation.routing.shards import take_items
 
 __all__ = ["IMAGE", "MODALITIES", "TEXT", "RoutedPrompts"]
 
@@ -65,14 +66,4 @@ class RoutedPrompts:
 
     def take(self, items: Sequence[int]) -> RoutedPrompts:
         """The prompts of some items, in that order."""
-        ends = np.cumsum(self.lengths)
-        rows = [np.arange(ends[i] - self.lengths[i], ends[i]) for i in items]
-        tokens = np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64)
-        parts = {name: array[tokens] for name, array in self.arrays().items() if name != "lengths"}
-        return RoutedPrompts(lengths=self.lengths[list(items)], **parts)
-
-    @staticmethod
-    def concatenate(parts: Sequence[RoutedPrompts]) -> RoutedPrompts:
-        """Several as one."""
-        names = [field.name for field in fields(RoutedPrompts)]
-        return RoutedPrompts(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
+        return RoutedPrompts.from_arrays(take_items(self.arrays(), items))

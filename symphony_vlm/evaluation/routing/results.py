@@ -22,7 +22,7 @@ from symphony_vlm.evaluation.routing.shards import load_whole
 __all__ = ["N_RESAMPLES", "task_block"]
 
 N_RESAMPLES = 1000
-"""Of each cell. Its figures are means over thousands of tokens: more would move an end of an interval by a hundredth."""
+"""Of each cell: its figures are means over many tokens, and there are hundreds of them."""
 ASSOCIATED = ("js_gate", "fluctuation")
 """Figures of an item, means over layers, that are related to flips."""
 

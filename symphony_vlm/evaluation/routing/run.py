@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,11 @@ from symphony_vlm.evaluation.predictor import AnswersItems
 from symphony_vlm.evaluation.records import drop_records, read_records
 from symphony_vlm.evaluation.routing.capture import PromptCapture
 from symphony_vlm.evaluation.routing.cell_routing import CleanRouting, DriftRouting, is_clean, stem_of
+from symphony_vlm.evaluation.routing.patches import patch_samples
 from symphony_vlm.evaluation.routing.predictor import RoutedPredictor
 from symphony_vlm.evaluation.routing.results import task_block
 from symphony_vlm.evaluation.routing.shards import ShardReader, merge_shards, shard_paths
+from symphony_vlm.files import write_json
 
 __all__ = ["RoutingRun"]
 
@@ -67,7 +69,9 @@ class RoutingRun:
         self._rank = rank
 
     @classmethod
-    def of(cls, plan: EvaluationPlan, model: OpenedModel, output: Path, rank: int, console: Console) -> RoutingRun | None:
+    def of(
+        cls, plan: EvaluationPlan, model: OpenedModel, output: Path, rank: int, console: Console
+    ) -> RoutingRun | None:
         """None if the plan does not ask for it, or, with a note, if the model is dense.
 
         Raises:
@@ -119,20 +123,35 @@ class RoutingRun:
         if not is_clean(cell):
             merge_shards(self._folder, stem_of(cell), items)
 
-    def results(self, cells: Sequence[Cell], model: str, *, seed: int) -> list[dict[str, Any]]:
-        """The blocks of ``routing_drift`` in results.json, one a task with a cell to compare."""
+    def results(
+        self, cells: Sequence[Cell], items: Mapping[str, Sequence[EvaluationItem]], model: str, *, seed: int
+    ) -> dict[str, Any]:
+        """What results.json gains: ``{"routing_drift": [...]}``, a block for each task with a cell to compare.
+
+        Writes ``routing/samples.json`` beside, pictures and maps of a few samples for the report.
+
+        Args:
+            cells: all, answered and finished.
+            items: by task.
+            model: its name in the results.
+            seed: of the bootstrap.
+        """
+        names, selected = self._capture.layer_names, self._capture.num_experts_per_tok
         facts = {
             "model": model,
             "router": self._model.router,
-            "layers": self._capture.layer_names,
-            "n_experts_per_tok": self._capture.num_experts_per_tok,
+            "layers": names,
+            "n_experts_per_tok": selected,
             "expert_graph": self._capture.has_graph,
         }
         by_task: dict[str, list[Cell]] = {}
         for cell in cells:
             by_task.setdefault(cell.task.name, []).append(cell)
-        return [
-            task_block(listed, self._output, self._capture.layer_names, facts, seed=seed)
-            for listed in by_task.values()
-            if len(listed) > 1
-        ]
+        compared = {task: listed for task, listed in by_task.items() if len(listed) > 1}
+        samples = {
+            task: patch_samples(self._model.model, listed, items[task], self._output, len(names) * selected)
+            for task, listed in compared.items()
+        }
+        write_json(self._folder / "samples.json", samples)
+        blocks = [task_block(listed, self._output, names, facts, seed=seed) for listed in compared.values()]
+        return {"routing_drift": blocks}

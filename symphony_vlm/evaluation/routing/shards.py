@@ -7,7 +7,6 @@ again, and of two routings of one item the later one counts.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from symphony_vlm.errors import InputError
 from symphony_vlm.files import sync_file, sync_folder
 
-__all__ = ["ShardReader", "ShardWriter", "load_whole", "merge_shards", "read_items", "shard_paths"]
+__all__ = ["ShardReader", "ShardWriter", "load_whole", "merge_shards", "read_items", "shard_paths", "take_items"]
 
 Arrays = Mapping[str, NDArray[Any]]
 _LENGTHS = "lengths"
@@ -101,21 +100,21 @@ class ShardReader:
         """Ids of all items."""
         return list(self._place)
 
-    def path_of(self, item: str) -> Path:
-        """The file with an item."""
-        return self._place[item][0]
+    def read(self, items: Sequence[str]) -> dict[str, NDArray[Any]]:
+        """The arrays of some items, one item after the other, in this order.
 
-    def read(self, item: str) -> dict[str, NDArray[Any]]:
-        """The arrays of one item, rows of items with a leading axis of 1."""
-        path, row = self._place[item]
-        arrays = self._load(path)
-        lengths = arrays.get(_LENGTHS)
-        start = 0 if lengths is None else int(lengths[:row].sum())
-        end = start if lengths is None else start + int(lengths[row])
-        return {
-            name: array[start:end] if name.endswith(_BY_TOKEN) else array[row : row + 1]
-            for name, array in arrays.items()
-        }
+        Args:
+            items: at least one; each must be there.
+        """
+        by_path: dict[Path, list[int]] = {}
+        for position, item in enumerate(items):
+            by_path.setdefault(self._place[item][0], []).append(position)
+        parts = []
+        for path, positions in by_path.items():
+            parts.append(take_items(self._load(path), [self._place[items[position]][1] for position in positions]))
+        whole = parts[0] if len(parts) == 1 else {n: np.concatenate([part[n] for part in parts]) for n in parts[0]}
+        order = np.argsort([position for positions in by_path.values() for position in positions])
+        return whole if len(parts) == 1 else take_items(whole, order.tolist())
 
     def _load(self, path: Path) -> dict[str, NDArray[Any]]:
         if path not in self._loaded:
@@ -130,8 +129,24 @@ class ShardReader:
         return self._loaded[path]
 
 
+def take_items(arrays: Arrays, items: Sequence[int]) -> dict[str, NDArray[Any]]:
+    """The rows of some items, in that order; of arrays by token their tokens."""
+    rows = np.asarray(items, dtype=np.int64)
+    tokens = rows
+    if _LENGTHS in arrays:
+        lengths = arrays[_LENGTHS]
+        starts = np.cumsum(lengths) - lengths
+        # Within an item the positions count up: all positions, minus where the item begins among those taken.
+        taken = lengths[rows]
+        tokens = np.arange(taken.sum()) + np.repeat(starts[rows] - (np.cumsum(taken) - taken), taken)
+    return {name: array[tokens if name.endswith(_BY_TOKEN) else rows] for name, array in arrays.items()}
+
+
 def merge_shards(folder: Path, stem: str, items: Sequence[str]) -> Path | None:
-    """Makes one file of a cell's, with these items in this order; None if it has none of them. No one may be writing."""
+    """Makes one file of a cell's with these items in this order; None if it has none of them.
+
+    No process may be writing.
+    """
     sources = shard_paths(folder, stem)
     reader = ShardReader(sources)
     present = [item for item in items if item in reader]
@@ -140,11 +155,7 @@ def merge_shards(folder: Path, stem: str, items: Sequence[str]) -> Path | None:
     whole = folder / f"{stem}.all.safetensors"
     if sources == [whole] and reader.items == present:
         return whole
-    # One source after the other: each file is read once.
-    order = sorted(range(len(present)), key=lambda i: str(reader.path_of(present[i])))
-    found: dict[int, dict[str, NDArray[Any]]] = {i: reader.read(present[i]) for i in order}
-    parts = [found[i] for i in range(len(present))]
-    _write(whole, present, {name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+    _write(whole, present, reader.read(present))
     for source in sources:
         if source != whole:
             source.unlink()
@@ -165,9 +176,8 @@ def _write(path: Path, items: Sequence[str], arrays: Arrays) -> None:
         contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
         save_file(contiguous, temporary, metadata={"items": json.dumps(list(items)), "version": "1"})
         sync_file(temporary)
-        os.replace(temporary, path)
+        temporary.replace(path)
     except OSError:
         temporary.unlink(missing_ok=True)  # half a file on a full disk
         raise
     sync_folder(path.parent)
-
