@@ -13,29 +13,48 @@ from symphony_vlm.evaluation.report_data import Evaluation, ReportData
 from symphony_vlm.evaluation.report_figures import Series, legend, severity_panel
 from symphony_vlm.evaluation.report_routing_figures import layer_map, patch_card
 from symphony_vlm.evaluation.report_tables import Entry, Table, entry, to_html
+from symphony_vlm.evaluation.routing.prompts import MODALITIES
 
 __all__ = ["merged_blocks", "routing_section", "routing_tables"]
 
 Json = Mapping[str, Any]
+Columns = Sequence[tuple[str, str, float, bool, int]]
 
+_DRIFT_WORDS = "Kappa: overlap beyond chance. JS: Jensen-Shannon divergence, of a token's gate and of the load."
+_GRAPH_WORDS = (
+    "The same hidden states routed with the trained graph and without it. A flip is a token whose set of experts "
+    "differs from the clean one: prevented, if only without the graph; caused, if only with it. A graph flattens the "
+    "gate, so that its divergence is smaller by itself."
+)
+_CERTAINTY_WORDS = (
+    "Entropy of a token's gate, and its share of rank K minus that of rank K + 1; coefficient of variation of the load. "
+    "Clean, and corrupted minus clean."
+)
 _BY_LAYER = (
     ("fluctuation", "experts changed, %", 100.0, False, 1),
     ("kappa", "kappa", 1.0, False, 2),
     ("top1_change", "first expert changed, %", 100.0, False, 1),
-    ("js_gate", "JS gate, mbit", 1000.0, False, 2),
-    ("js_load", "JS load, mbit", 1000.0, False, 2),
+    ("js_gate", "JS gate, millibits", 1000.0, False, 2),
+    ("js_load", "JS load, millibits", 1000.0, False, 2),
     ("tv_weights", "weights moved, %", 100.0, False, 1),
-    ("entropy_change", "entropy change, mnat", 1000.0, True, 2),
-    ("margin_clean", "margin, clean, %", 100.0, False, 2),
 )
 """Figure, heading, scale, signed, digits."""
+_CERTAINTY = (
+    ("entropy_clean", "entropy, nats", 1.0, False, 3),
+    ("entropy_change", "change, millinats", 1000.0, True, 1),
+    ("margin_clean", "margin, %", 100.0, False, 2),
+    ("margin_change", "change, points", 100.0, True, 2),
+    ("load_cv_clean", "load CV", 1.0, False, 2),
+    ("load_cv_change", "change", 1.0, True, 2),
+    ("dead_corrupted", "dead experts, corrupted", 1.0, False, 1),
+)
 _GRAPH = (
     ("fluctuation_plain", "experts changed without the graph, %", 100.0, False, 1),
     ("fluctuation", "with the graph, %", 100.0, False, 1),
     ("flips_prevented", "flips prevented, %", 100.0, False, 1),
     ("flips_caused", "flips caused, %", 100.0, False, 1),
-    ("js_gate_plain", "JS gate without the graph, mbit", 1000.0, False, 2),
-    ("js_gate", "JS gate with it, mbit", 1000.0, False, 2),
+    ("js_gate_plain", "JS gate without the graph, millibits", 1000.0, False, 2),
+    ("js_gate", "JS gate with it, millibits", 1000.0, False, 2),
 )
 
 
@@ -50,14 +69,16 @@ def routing_tables(data: ReportData) -> list[Table]:
     for label, _, block in _blocks(data):
         about = f"{label}, {block['task']}"
         if block["mean"] is not None:
-            tables += [
-                _layer_table(block, f"Drift by layer, {kind} positions: {about}", kind, _BY_LAYER)
-                for kind in ("image", "text")
-                if any(row[kind]["fluctuation"]["value"] is not None for row in block["mean"].values())
-            ]
-            if block["expert_graph"]:
-                title = f"The expert graph's part, image positions: {about}"
-                tables.append(_layer_table(block, title, "image", _GRAPH))
+            seen = [kind for kind in MODALITIES if block["mean"]["all"][kind]["fluctuation"]["value"] is not None]
+            for kind in seen:
+                title = f"Drift by layer, {kind} positions: {about}"
+                tables.append(_layer_table(block, title, kind, _BY_LAYER, _DRIFT_WORDS))
+            for kind in seen if block["expert_graph"] else []:
+                title = f"The expert graph's part, {kind} positions: {about}"
+                tables.append(_layer_table(block, title, kind, _GRAPH, _GRAPH_WORDS))
+            for kind in seen:
+                title = f"Certainty and load, {kind} positions: {about}"
+                tables.append(_layer_table(block, title, kind, _CERTAINTY, _CERTAINTY_WORDS))
         tables.append(_cell_table(block, about))
         tables.append(_association_table(block, about))
     return tables
@@ -74,7 +95,7 @@ def routing_section(data: ReportData, tables: Sequence[Table]) -> str:
     return (
         f'<p class="caption">{html.escape(_words(blocks))}</p>'
         f"{_curves(data, blocks)}{_layer_maps(blocks)}{''.join(to_html(table) for table in far)}"
-        f"<details><summary>By corruption and severity, and which flips follow the drift</summary>{rest}</details>"
+        f"<details><summary>Certainty and load, corruption by severity, and whether flips follow the drift</summary>{rest}</details>"
         f"{_patches(blocks)}"
     )
 
@@ -186,30 +207,20 @@ def _mean_of_layer(block: Json, name: str, layer: str) -> float | None:
     return 100 * sum(known) / len(known) if known else None
 
 
-def _layer_table(block: Json, title: str, kind: str, columns: Sequence[tuple[str, str, float, bool, int]]) -> Table:
+def _layer_table(block: Json, title: str, kind: str, columns: Columns, words: str) -> Table:
     rows = [
         (
             Entry(main="mean over layers" if layer == "all" else f"layer {layer}"),
             *(
-                entry(figures[kind][name], scale=scale, signed=signed, digits=digits)
+                entry(block["mean"][layer][kind][name], scale=scale, signed=signed, digits=digits)
                 for name, _, scale, signed, digits in columns
             ),
         )
-        for layer, figures in block["mean"].items()
+        for layer in ("all", *block["layers"])
     ]
-    return Table(
-        key="routing",
-        title=title,
-        caption=(
-            "Unweighted mean over the cells of common corruptions, with 95 % intervals over images. Kappa is overlap "
-            "beyond chance; margin is the gate share of rank K minus that of rank K + 1."
-            if columns is _BY_LAYER
-            else "The same hidden states routed with the trained graph and without it. A flip is a token whose set of "
-            "experts differs from the clean one: prevented, if only without the graph; caused, if only with it."
-        ),
-        header=("layer", *(heading for _, heading, *_ in columns)),
-        rows=tuple(rows),
-    )
+    caption = f"{words} Unweighted mean over the cells of common corruptions, with 95 % intervals over images."
+    header = ("layer", *(heading for _, heading, *_ in columns))
+    return Table(key="routing", title=title, caption=caption, header=header, rows=tuple(rows))
 
 
 def _cell_table(block: Json, about: str) -> Table:

@@ -10,7 +10,7 @@ from typing import Any
 __all__ = ["layer_map", "patch_card"]
 
 _CELL, _ROW = 44, 22
-_LEFT, _TOP = 46, 92
+_LEFT, _TOP, _RIGHT = 46, 92, 72  # the last name leans over the right edge
 _BASE64 = re.compile(r"[A-Za-z0-9+/]+={0,2}")
 
 
@@ -32,7 +32,7 @@ def layer_map(
         top: the value with the strongest colour.
     """
     row_height = _ROW if len(layers) <= 16 else 9
-    width, height = _LEFT + _CELL * len(columns) + 30, _TOP + row_height * len(layers) + 8
+    width, height = _LEFT + _CELL * len(columns) + _RIGHT, _TOP + row_height * len(layers) + 8
     parts = [f'<text x="0" y="12" font-size="12.5" fill="var(--ink)">{html.escape(title)}</text>']
     for column, name in enumerate(columns):
         x, y = _LEFT + _CELL * (column + 0.5) + 3, _TOP - 6

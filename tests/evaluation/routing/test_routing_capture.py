@@ -131,7 +131,9 @@ def test_recording_leaves_no_hook_behind_even_after_an_error(tiny_moe_model: Any
 
 
 def test_experts_in_front_of_the_language_model_are_refused(tiny_model_factory: Factory) -> None:
-    model = tiny_model_factory(moe=MoEConfig(num_experts=2, num_experts_per_tok=1, modules=("language", "vision"), router="smoe"))
+    model = tiny_model_factory(
+        moe=MoEConfig(num_experts=2, num_experts_per_tok=1, modules=("language", "vision"), router="smoe")
+    )
     with pytest.raises(InputError, match=r"vision\.0, vision\.1.*not measured") as e:
         PromptCapture(model)
     assert e.value.where == "--routing"

@@ -69,9 +69,7 @@ def test_scores_that_do_not_sum_to_one_become_distributions() -> None:
 
 @pytest.mark.parametrize("num_selected", [1, 2, 3])
 def test_shared_experts_and_jaccard_are_those_of_sets(rng: np.random.Generator, num_selected: int) -> None:
-    one, other = (
-        np.array([rng.permutation(5)[:num_selected] for _ in range(40)], dtype=np.uint8) for _ in range(2)
-    )
+    one, other = (np.array([rng.permutation(5)[:num_selected] for _ in range(40)], dtype=np.uint8) for _ in range(2))
     shared = shared_experts(one, other)
     assert shared.tolist() == [len(set(a) & set(b)) for a, b in zip(one.tolist(), other.tolist(), strict=True)]
     unions = [len(set(a) | set(b)) for a, b in zip(one.tolist(), other.tolist(), strict=True)]
