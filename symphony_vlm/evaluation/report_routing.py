@@ -27,8 +27,8 @@ _GRAPH_WORDS = (
     "gate, so that its divergence is smaller by itself."
 )
 _CERTAINTY_WORDS = (
-    "Entropy of a token's gate, and its share of rank K minus that of rank K + 1; coefficient of variation of the load. "
-    "Clean, and corrupted minus clean."
+    "Entropy of a token's gate, its share of rank K minus that of rank K + 1 (margin), and the coefficient of "
+    "variation of the load: clean, and corrupted minus clean."
 )
 _BY_LAYER = (
     ("fluctuation", "experts changed, %", 100.0, False, 1),
@@ -95,7 +95,8 @@ def routing_section(data: ReportData, tables: Sequence[Table]) -> str:
     return (
         f'<p class="caption">{html.escape(_words(blocks))}</p>'
         f"{_curves(data, blocks)}{_layer_maps(blocks)}{''.join(to_html(table) for table in far)}"
-        f"<details><summary>Certainty and load, corruption by severity, and whether flips follow the drift</summary>{rest}</details>"
+        "<details><summary>Certainty and load, corruption by severity, and whether flips follow the drift</summary>"
+        f"{rest}</details>"
         f"{_patches(blocks)}"
     )
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from symphony_vlm.data.sample import ImagePart, Message, TextPart
 from symphony_vlm.errors import InputError
 from symphony_vlm.evaluation.routing.capture import PromptCapture
 from symphony_vlm.evaluation.routing.prompts import RoutedPrompts
-from symphony_vlm.data.sample import ImagePart, Message, TextPart
 from symphony_vlm.moe.configuration import MoEConfig
 from symphony_vlm.moe.expert_graph import expert_graphs
 from symphony_vlm.moe.recording import sparse_layers

@@ -57,7 +57,7 @@ def _distribution(scores: Any) -> Any:
 def _loop(clean: RoutedPrompts, corrupted: RoutedPrompts, item: int, layer: int, image: bool) -> dict[str, Any]:
     """The sums of one item, layer and modality, token by token."""
     start = sum(LENGTHS[:item])
-    sums: dict[str, Any] = {name: 0 for name in COUNTS} | {
+    sums: dict[str, Any] = dict.fromkeys(COUNTS, 0) | {
         "load_clean": [0] * E,
         "load_corrupted": [0] * E,
         "shared": [0] * (K + 1),

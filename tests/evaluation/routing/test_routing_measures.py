@@ -58,7 +58,7 @@ def test_jensen_shannon_of_equal_and_of_disjoint_distributions_is_exactly_0_and_
 def test_entropy_and_total_variation(rng: np.random.Generator) -> None:
     p, q = _distributions(rng, 20, 6), _distributions(rng, 20, 6)
     np.testing.assert_allclose(entropy(p), scipy_entropy(p, axis=-1), atol=1e-14)
-    loop = [0.5 * sum(abs(a - b) for a, b in zip(x, y, strict=True)) for x, y in zip(p, q, strict=True)]
+    loop: list[float] = [0.5 * sum(abs(a - b) for a, b in zip(x, y, strict=True)) for x, y in zip(p, q, strict=True)]
     np.testing.assert_allclose(total_variation(p, q), loop, atol=1e-15)
 
 
@@ -72,8 +72,8 @@ def test_shared_experts_and_jaccard_are_those_of_sets(rng: np.random.Generator, 
     one, other = (np.array([rng.permutation(5)[:num_selected] for _ in range(40)], dtype=np.uint8) for _ in range(2))
     shared = shared_experts(one, other)
     assert shared.tolist() == [len(set(a) & set(b)) for a, b in zip(one.tolist(), other.tolist(), strict=True)]
-    unions = [len(set(a) | set(b)) for a, b in zip(one.tolist(), other.tolist(), strict=True)]
-    np.testing.assert_allclose(jaccard_of_shared(shared, num_selected), shared / unions)
+    unions = np.array([len(set(a) | set(b)) for a, b in zip(one.tolist(), other.tolist(), strict=True)])
+    assert jaccard_of_shared(shared, num_selected) == pytest.approx(shared / unions)
 
 
 def test_kappa_is_0_on_average_for_unrelated_selections_and_1_for_equal_ones(rng: np.random.Generator) -> None:
