@@ -20,6 +20,8 @@ __all__ = ["merged_blocks", "routing_section", "routing_tables"]
 Json = Mapping[str, Any]
 Columns = Sequence[tuple[str, str, float, bool, int]]
 
+_NARROW_MAP = 6
+"""Corruptions of a map of which two fit side by side."""
 _DRIFT_WORDS = "Kappa: overlap beyond chance. JS: Jensen-Shannon divergence, of a token's gate and of the load."
 _GRAPH_WORDS = (
     "The same hidden states routed with the trained graph and without it. A flip is a token whose set of experts "
@@ -34,8 +36,8 @@ _BY_LAYER = (
     ("fluctuation", "experts changed, %", 100.0, False, 1),
     ("kappa", "kappa", 1.0, False, 2),
     ("top1_change", "first expert changed, %", 100.0, False, 1),
-    ("js_gate", "JS gate, millibits", 1000.0, False, 2),
-    ("js_load", "JS load, millibits", 1000.0, False, 2),
+    ("js_gate", "JS gate, millibits", 1000.0, False, 1),
+    ("js_load", "JS load, millibits", 1000.0, False, 1),
     ("tv_weights", "weights moved, %", 100.0, False, 1),
 )
 """Figure, heading, scale, signed, digits."""
@@ -53,8 +55,8 @@ _GRAPH = (
     ("fluctuation", "with the graph, %", 100.0, False, 1),
     ("flips_prevented", "flips prevented, %", 100.0, False, 1),
     ("flips_caused", "flips caused, %", 100.0, False, 1),
-    ("js_gate_plain", "JS gate without the graph, millibits", 1000.0, False, 2),
-    ("js_gate", "JS gate with it, millibits", 1000.0, False, 2),
+    ("js_gate_plain", "JS gate without the graph, millibits", 1000.0, False, 1),
+    ("js_gate", "JS gate with it, millibits", 1000.0, False, 1),
 )
 
 
@@ -81,6 +83,7 @@ def routing_tables(data: ReportData) -> list[Table]:
                 tables.append(_layer_table(block, title, kind, _CERTAINTY, _CERTAINTY_WORDS))
         tables.append(_cell_table(block, about))
         tables.append(_association_table(block, about))
+        tables += _attack_tables(block, about)
     return tables
 
 
@@ -195,8 +198,11 @@ def _layer_maps(blocks: Sequence[tuple[str, Evaluation, Json]]) -> str:
         layer_map(title=title, layers=layers, columns=names, values=rows, top=top)
         for title, layers, names, rows in maps
     )
+    # Side by side, a map of many corruptions would be too small to read.
+    wide = max(len(names) for _, _, names, _ in maps) > _NARROW_MAP
+    box = 'class="scroll" tabindex="0" role="region" aria-label="By layer"' if wide else 'class="panels two"'
     return (
-        f'<h3>Experts changed at image positions, by layer</h3><div class="panels two">{drawn}</div>'
+        f"<h3>Experts changed at image positions, by layer</h3><div {box}>{drawn}</div>"
         '<p class="caption">Percent, mean over severities; all maps on one scale. The intervals are in the table of '
         "layers, for the mean over corruptions.</p>"
     )
@@ -248,6 +254,29 @@ def _association_table(block: Json, about: str) -> Table:
         "answers flip."
     )
     return _grid(block, f"Does drift tell which answers flip: {about}", caption, one)
+
+
+def _attack_tables(block: Json, about: str) -> list[Table]:
+    """A row for each attack, if there are any."""
+    cells = [cell for cell in block["cells"] if cell["attack"] != "none"]
+    if not cells:
+        return []
+    rows = []
+    for cell in cells:
+        name = str(cell["attack"]) + (f", {cell['corruption']} {cell['severity']}" if cell["severity"] else "")
+        figures = cell["layers"] and [cell["layers"]["all"][kind]["fluctuation"] for kind in MODALITIES]
+        drift = [entry(number) for number in figures] if figures else [Entry(main="–", note="not compared")] * 2
+        counts = (Entry(main=str(cell[key])) for key in ("n_items", "n_not_comparable"))
+        rows.append((Entry(main=name), *drift, *counts))
+    return [
+        Table(
+            key="routing",
+            title=f"Experts changed by attacks: {about}",
+            caption="Percent, mean over layers, with 95 % intervals over images.",
+            header=("attack", "image positions", "text positions", "items compared", "not comparable"),
+            rows=tuple(rows),
+        )
+    ]
 
 
 def _grid(block: Json, title: str, caption: str, one: Any) -> Table:

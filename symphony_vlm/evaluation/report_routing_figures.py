@@ -55,9 +55,10 @@ def layer_map(
     alt = html.escape(
         f"{title}: {len(layers)} layers and {len(columns)} corruptions, at most {largest:.3g}", quote=True
     )
+    style = f"font-family:var(--font);max-width:{width}px;min-width:{0.8 * width:.0f}px"
     return (
-        f'<figure class="panel"><svg viewBox="0 0 {width} {height}" role="img" aria-label="{alt}" '
-        f'style="font-family:var(--font);max-width:{width}px">{"".join(parts)}</svg></figure>'
+        f'<figure class="panel"><svg viewBox="0 0 {width} {height}" role="img" aria-label="{alt}" style="{style}">'
+        f"{''.join(parts)}</svg></figure>"
     )
 
 
@@ -71,7 +72,7 @@ def _cell(x: float, y: float, height: float, value: float, top: float) -> str:
     if height < _ROW:
         return rect
     # Dark ink on light cells and the paper's colour on dark ones, in either theme.
-    ink = "card" if share > 0.6 else "ink"
+    ink = "card" if share > 0.75 else "ink"
     middle = x + (_CELL - 1.5) / 2
     return rect + (
         f'<text x="{middle:.1f}" y="{y + height / 2 + 3:.1f}" font-size="10.5" text-anchor="middle" '

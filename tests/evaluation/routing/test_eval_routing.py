@@ -334,6 +334,20 @@ def test_the_report_has_a_section_and_tables_of_one_model_and_of_several(
     assert [block["label"] for block in merged["robustness"]["routing_drift"]] == ["smoe", "symphony_smoe"]
 
 
+def test_attacks_have_a_table_of_their_own(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "out")
+    path = tmp_path / "out" / "results.json"
+    document = json.loads(path.read_text())
+    fog, contrast = document["robustness"]["routing_drift"][0]["cells"]
+    fog |= {"corruption": "none", "severity": 0, "attack": "pgd 4/255"}
+    contrast |= {"attack": "word_swap 0.2", "layers": None, "n_items": 0, "n_not_comparable": 24}
+    path.write_text(json.dumps(document))
+    text = (write_report([tmp_path / "out"], tmp_path / "report").parent / "tables.md").read_text()
+    value = 100 * fog["layers"]["all"]["image"]["fluctuation"]["value"]
+    assert re.search(rf"\| pgd 4/255 \| {value:.1f} \[.*\] \| .* \| 24 \| 0 \|", text)
+    assert "| word\\_swap 0.2, contrast 5 | – | – | 0 | 24 |" in text
+
+
 def test_a_spoilt_block_is_an_error_that_names_the_file(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "out")
     path = tmp_path / "out" / "results.json"

@@ -64,7 +64,8 @@ def test_entropy_and_total_variation(rng: np.random.Generator) -> None:
 
 def test_scores_that_do_not_sum_to_one_become_distributions() -> None:
     scores = np.array([[2.0, 1.0, 1.0], [0.2, -0.3, 0.0], [0.0, 0.0, 0.0]])
-    np.testing.assert_allclose(normalized(scores), [[0.5, 0.25, 0.25], [1, 0, 0], [1 / 3, 1 / 3, 1 / 3]])
+    expected = np.array([[0.5, 0.25, 0.25], [1.0, 0.0, 0.0], [1 / 3, 1 / 3, 1 / 3]])
+    assert normalized(scores) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("num_selected", [1, 2, 3])
