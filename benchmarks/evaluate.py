@@ -32,7 +32,7 @@ from symphony_vlm.evaluation.task import get_task
 from symphony_vlm.moe.configuration import MoEConfig
 from symphony_vlm.training.parts import assemble, open_tokenizer
 
-__all__ = ["as_numbers", "build_model", "cases"]
+__all__ = ["answers_as_numbers", "cases", "random_model"]
 
 
 def cases(*, tiny: bool, device: torch.device) -> Iterator[Case]:
@@ -45,14 +45,14 @@ def cases(*, tiny: bool, device: torch.device) -> Iterator[Case]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         scenes = generate_scenes(folder / "scenes", train=8, test=2 if tiny else 8)
-        model = build_model("tiny" if tiny else "instruct_small", scenes.train_json, folder).to(device).eval()
+        model = random_model("tiny" if tiny else "instruct_small", scenes.train_json, folder).to(device).eval()
         items = list(get_task("scenes").load(folder / "scenes", None, folder, 0))
         for longest in (2,) if tiny else (1, 16):
             yield _case(model, items, longest, folder)
 
 
-def build_model(recipe_name: str, conversations: Path, folder: Path) -> Any:
-    """A model of a recipe with random weights and its experts, not trained."""
+def random_model(recipe_name: str, conversations: Path, folder: Path) -> Any:
+    """A recipe's model with random weights and a tokenizer of these conversations."""
     recipe = load_recipe(recipe_name)
     tokenizer = open_tokenizer(recipe.model, folder / "tokenizer", [open_samples(conversations)])
     torch.manual_seed(0)
@@ -78,7 +78,7 @@ def _one_by_one(model: Any, items: Sequence[EvaluationItem], longest: int) -> Ca
             assert item.images[0].path is not None
             with Image.open(item.images[0].path) as image:
                 answers.append(model.chat(item.question, images=image.convert("RGB"), max_new_tokens=longest))
-        return as_numbers(answers)
+        return answers_as_numbers(answers)
 
     return run
 
@@ -93,11 +93,11 @@ def _runner(
     def run() -> Sequence[Tensor]:
         path.unlink(missing_ok=True)
         records = run_cell(cell, items, predictor, path, lambda done: None, batch_size=batch_size)
-        return as_numbers([record["prediction"] for record in records])
+        return answers_as_numbers([record["prediction"] for record in records])
 
     return run
 
 
-def as_numbers(answers: Sequence[str]) -> tuple[Tensor]:
+def answers_as_numbers(answers: Sequence[str]) -> tuple[Tensor]:
     """The answers' bytes, which must be equal."""
     return (torch.tensor(list("\n".join(answers).encode()), dtype=torch.float64),)

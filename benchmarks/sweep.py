@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.evaluate import as_numbers, build_model
+from benchmarks.evaluate import answers_as_numbers, random_model
 from benchmarks.measure import Case
 from symphony_vlm.corruptions import ALL
 from symphony_vlm.data.scenes import generate_scenes
@@ -45,7 +45,7 @@ def cases(*, tiny: bool, device: torch.device) -> Iterator[Case]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         scenes = generate_scenes(folder / "scenes", train=8, test=1 if tiny else 8)
-        first = build_model("tiny" if tiny else "instruct_small", scenes.train_json, folder).to(device).eval()
+        first = random_model("tiny" if tiny else "instruct_small", scenes.train_json, folder).to(device).eval()
         second = copy.deepcopy(first)
         second.processor = first.processor
         with torch.no_grad():
@@ -80,7 +80,7 @@ def _sweep(
             for cell in cells:
                 for model, records in zip(models, _cell(models, cell, items, encoder, folder), strict=True):
                     answers.setdefault(id(model), []).extend(record["prediction"] for record in records)
-        return as_numbers([answer for model in sorted(answers) for answer in answers[model]])
+        return answers_as_numbers([answer for model in sorted(answers) for answer in answers[model]])
 
     return run
 

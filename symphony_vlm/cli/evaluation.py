@@ -71,6 +71,9 @@ def evaluate(
         int,
         typer.Option(help="Answer so many questions of each task also alone, to see whether batches matter.", min=0),
     ] = 0,
+    routing: Annotated[
+        bool, typer.Option("--routing", help="Record the routers and compare corrupted with clean (same answers).")
+    ] = False,
     json_: Json = False,
 ) -> None:
     """Evaluate models, clean, on corrupted pictures and under attack; run the same command again to continue.
@@ -108,6 +111,7 @@ def evaluate(
         scoring=_scoring(scoring),
         max_errors=max_errors,
         check_batch=check_batch,
+        routing=routing,
     )
     if len(model) > 1:
         _evaluate_several(plan, model, output, json_)

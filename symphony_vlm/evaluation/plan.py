@@ -52,6 +52,8 @@ class EvaluationPlan:
     """Share of a cell's items that may fail; above it the cell has no score."""
     check_batch: int = 0
     """So many clean items of each task are also answered one by one, to compare."""
+    routing: bool = False
+    """Records what the routers decide and compares corrupted with clean prompts; changes no answer."""
 
 
 def check_manifest(plan: EvaluationPlan, output: Path, items: Mapping[str, Sequence[EvaluationItem]]) -> dict[str, Any]:

@@ -110,11 +110,19 @@ class Predictor:
         answers: dict[int, Answer] = {}
         if offered:
             chosen = [items[i] for i in offered], [features[i] for i in offered], list(offered.values())
-            answers.update(zip(offered, choose(self._model, *chosen), strict=True))
+            answers.update(zip(offered, self._choose(*chosen), strict=True))
         if written:
             texts = self._write([items[i] for i in written], [features[i] for i in written])
             answers.update(zip(written, texts, strict=True))
         return [answers[i] for i in range(len(items))]
+
+    def _choose(
+        self,
+        items: Sequence[EvaluationItem],
+        features: Sequence[Sequence[Tensor] | None],
+        options: Sequence[Options],
+    ) -> list[Answer]:
+        return choose(self._model, items, features, options)
 
     @torch.no_grad()
     def _write(self, items: Sequence[EvaluationItem], features: Sequence[Sequence[Tensor] | None]) -> list[Answer]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,7 +14,7 @@ from symphony_vlm.data.fields import shortened
 from symphony_vlm.errors import InputError
 from symphony_vlm.files import write_text
 
-__all__ = ["Record", "RecordWriter", "merge_records", "part_path", "read_records"]
+__all__ = ["Record", "RecordWriter", "drop_records", "merge_records", "part_path", "read_records"]
 
 Record = dict[str, Any]
 
@@ -125,6 +125,13 @@ def merge_records(path: Path) -> dict[str, Record]:
     for part in sources[1:]:
         part.unlink()
     return merged
+
+
+def drop_records(path: Path, items: Collection[str]) -> None:
+    """Takes the records of some items out of a file, which is replaced at once. No process may be writing."""
+    if items:
+        kept = [record for record in read_records(path) if record["item_id"] not in items]
+        write_text(path, "".join(map(_line, kept)))
 
 
 def _line(record: Mapping[str, Any]) -> str:

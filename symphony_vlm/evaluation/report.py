@@ -14,6 +14,7 @@ from symphony_vlm.evaluation.report_attacks import attack_figures, attack_tables
 from symphony_vlm.evaluation.report_data import Evaluation, ReportData, collect, load_evaluation
 from symphony_vlm.evaluation.report_files import json_text, manifest_sha256, write_whole
 from symphony_vlm.evaluation.report_page import page
+from symphony_vlm.evaluation.report_routing import merged_blocks, routing_tables
 from symphony_vlm.evaluation.report_samples import choose_samples
 from symphony_vlm.evaluation.report_sections import build_sections
 from symphony_vlm.evaluation.report_tables import build_tables, cells_csv, to_latex, to_markdown
@@ -63,7 +64,7 @@ def write_report(
         samples = choose_samples(data, finder=found)
     robustness = robustness_summary(data.scores, resampling)
     warnings = [*find_warnings(data, robustness), *attack_warnings(data)]
-    tables = build_tables(data, robustness)
+    tables = [*build_tables(data, robustness), *routing_tables(data)]
     if data.attacked_rows:
         figures = attack_figures(data, resampling)
         robustness = {**robustness, "attacks": figures}
@@ -120,6 +121,7 @@ def _merged(
         # Another program's figures (routing drift) stay beside ours.
         derived = {**(old if isinstance(old, dict) else {}), **derived}
         return {**document, "results": rows, "robustness": derived}
+    derived["routing_drift"] = merged_blocks(data)
     provenance = []
     for model in data.models:
         for evaluation in model.evaluations:

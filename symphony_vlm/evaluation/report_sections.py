@@ -11,6 +11,7 @@ from symphony_vlm.evaluation.report_figures import Series, legend, severity_pane
 from symphony_vlm.evaluation.report_gallery import gallery
 from symphony_vlm.evaluation.report_page import section
 from symphony_vlm.evaluation.report_provenance import methods, provenance_table
+from symphony_vlm.evaluation.report_routing import routing_section
 from symphony_vlm.evaluation.report_samples import SampleChoice
 from symphony_vlm.evaluation.report_tables import Table, to_html
 from symphony_vlm.evaluation.report_training import expert_graphs, expert_load, loss_curves
@@ -50,6 +51,7 @@ def build_sections(
         ("loss", "Training loss", loss_curves(data), ""),
         ("load", "Expert load", expert_load(data), ""),
         ("graph", "Expert graph", expert_graphs(data), ""),
+        ("routing", "Inside the routers", routing_section(data, tables), ""),
         ("seeds", "Several training runs", by_key["seeds"], ""),
         ("samples", "Flipped answers", gallery(samples), ""),
         ("methods", "Provenance and methods", provenance_table(data) + methods(robustness), ""),

@@ -33,6 +33,7 @@ from symphony_vlm.evaluation.predictor import AnswersItems
 from symphony_vlm.evaluation.processes import Processes, join
 from symphony_vlm.evaluation.progress import EvaluationProgress
 from symphony_vlm.evaluation.records import merge_records
+from symphony_vlm.evaluation.routing.run import RoutingRun
 from symphony_vlm.evaluation.sharing import SharedEncoder, share_encoders
 from symphony_vlm.evaluation.subset import first_pictures
 from symphony_vlm.evaluation.task import EvaluationItem, Task, get_task
@@ -71,9 +72,14 @@ class _Evaluation:
     model: OpenedModel
     label: str
     encoder: SharedEncoder | None
+    routing: RoutingRun | None = None
     manifest: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
     errors: Counter[str] = field(default_factory=Counter)
+
+    def model_for(self, cell: Cell) -> OpenedModel:
+        """The model, which takes down the cell's routing if that was asked for."""
+        return self.model if self.routing is None else self.routing.of_cell(cell)
 
 
 def evaluate(
@@ -143,6 +149,7 @@ def evaluate_together(
     for evaluation in evaluations:
         check_corrupt_at(evaluation.model, plan.corrupt_at)
         require_gradients(plan.attacks, evaluation.model)
+        evaluation.routing = RoutingRun.of(plan, evaluation.model, evaluation.output, processes.rank, console)
     if plan.budget_minutes is not None:
         _settle_limit(evaluations, recorded, cells, items, start, processes, console)
     with processes.first_before_others():
@@ -152,6 +159,8 @@ def evaluate_together(
             for evaluation in evaluations:
                 for cell in cells:  # what an earlier start has left, of however many processes
                     merge_records(evaluation.output / "predictions" / cell.file_name)
+                if evaluation.routing is not None:
+                    evaluation.routing.forget_unrouted(cells)
     if plan.budget_minutes is not None and not processes.first:
         # What the first process has chosen.
         for evaluation in evaluations:
@@ -230,7 +239,7 @@ def _run_cells(
         for cell in cells:
             respondents = [
                 Respondent(
-                    predictor=_predictor(one.model, cell.task, one.plan, plan.batch_size, one.encoder),
+                    predictor=_predictor(one.model_for(cell), cell.task, one.plan, plan.batch_size, one.encoder),
                     path=one.output / "predictions" / cell.file_name,
                 )
                 for one in evaluations
@@ -249,6 +258,8 @@ def _run_cells(
             if not processes.first:
                 continue
             for one, records in zip(evaluations, found, strict=True):
+                if one.routing is not None:
+                    one.routing.finish(cell, [item.id for item in chosen[cell.file_name]])
                 of_cell = cell_results(
                     one.plan, cell, one.model.router, chosen[cell.file_name], records, attacks.of(cell)
                 )
@@ -278,6 +289,8 @@ def _write_results(
         document["attacks"] = attack_summary(cells, output / "predictions")
     if plan.check_batch:
         document["batch_check"] = _check_batches(plan, output, cells, items, model, console)
+    if evaluation.routing is not None:
+        document["robustness"] = evaluation.routing.results(cells, items, plan.model, seed=plan.seed)
     write_json(output / "results.json", document)
     record = Path(resolve_model_folder(plan.model)) / "training.json"
     if record.is_file():
