@@ -83,7 +83,7 @@ def serve(
 
     Example: symphony-vlm serve --model runs/quickstart/symphony_smoe/model --port 8000
     """
-    from symphony_vlm.serving.openai_prompt import RequestLimits
+    from symphony_vlm.serving.request_limits import RequestLimits
     from symphony_vlm.serving.server import serve as run
 
     limits = RequestLimits(max_body_bytes=max_request_mb * 2**20, max_images=max_images, max_tokens=max_new_tokens)

@@ -20,8 +20,9 @@ from symphony_vlm.serving.batching import BatchScheduler, Closed, QueueFull
 from symphony_vlm.serving.jobs import Event, Failed, Job, Piece
 from symphony_vlm.serving.openai_answers import END_OF_STREAM, Answer, sse
 from symphony_vlm.serving.openai_errors import ApiError, failed_answer, from_validation
-from symphony_vlm.serving.openai_prompt import Prompt, PromptMaker, RequestLimits
+from symphony_vlm.serving.openai_prompt import Prompt, PromptMaker
 from symphony_vlm.serving.openai_schema import ChatRequest
+from symphony_vlm.serving.request_limits import RequestLimits
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette

@@ -13,30 +13,15 @@ from symphony_vlm.errors import InputError
 from symphony_vlm.serving.jobs import Picture
 from symphony_vlm.serving.openai_errors import ApiError
 from symphony_vlm.serving.openai_schema import ChatRequest, ImageUrlPart, RequestMessage
-from symphony_vlm.serving.uploads import MAX_UPLOAD_BYTES, MAX_UPLOAD_PIXELS, for_visitors
+from symphony_vlm.serving.request_limits import RequestLimits
+from symphony_vlm.serving.uploads import for_visitors
 
 if TYPE_CHECKING:
     from symphony_vlm.model.vlm import SymphonyVLMForConditionalGeneration
 
-__all__ = ["Prompt", "PromptMaker", "RequestLimits"]
+__all__ = ["Prompt", "PromptMaker"]
 
 _ROLES: dict[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class RequestLimits:
-    """What one request may ask for."""
-
-    max_body_bytes: int = 32 * 2**20
-    body_seconds: float = 60.0
-    """In which the request must have arrived."""
-    max_images: int = 16
-    max_image_bytes: int = MAX_UPLOAD_BYTES
-    max_pixels: int = MAX_UPLOAD_PIXELS
-    max_characters: int = 400_000
-    """Of all texts together. The model's positions are the narrower limit, but counting tokens takes time."""
-    max_tokens: int = 1024
-    """Longest answer, and what a request without a wish gets."""
 
 
 @dataclass(frozen=True, kw_only=True)

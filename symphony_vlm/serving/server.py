@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from symphony_vlm.model.vlm import SymphonyVLMForConditionalGeneration
     from symphony_vlm.serving.batching import BatchScheduler
-    from symphony_vlm.serving.openai_prompt import RequestLimits
+    from symphony_vlm.serving.request_limits import RequestLimits
 
 __all__ = ["running_server", "serve"]
 

@@ -20,7 +20,7 @@ from PIL import Image
 
 import symphony_vlm as sv
 from symphony_vlm.serving.listening import listen
-from symphony_vlm.serving.openai_prompt import RequestLimits
+from symphony_vlm.serving.request_limits import RequestLimits
 from symphony_vlm.serving.server import running_server
 
 KEY = "a key"
@@ -446,12 +446,14 @@ def test_a_client_that_goes_frees_its_place(
 ) -> None:
     steps = hold(model, monkeypatch, lambda step: time.sleep(0.05))
     headers = {"Authorization": f"Bearer {KEY}"}
-    with httpx.Client(base_url=address, headers=headers, timeout=0.5) as client, pytest.raises(httpx.ReadTimeout):
-        with client.stream("POST", "/v1/chat/completions", json=body(stream=stream, max_tokens=64)) as response:
-            if stream:
-                next(response.iter_lines())
-                raise httpx.ReadTimeout("goes")
-            response.read()
+    request = body(stream=stream, max_tokens=64)
+    with (
+        pytest.raises(httpx.ReadTimeout),
+        httpx.stream("POST", f"{address}/v1/chat/completions", json=request, headers=headers, timeout=0.5) as response,
+    ):
+        if stream:
+            next(response.iter_lines())
+            raise httpx.ReadTimeout("goes")
     until = time.monotonic() + 3
     while httpx.get(f"{address}/health").json()["running"] and time.monotonic() < until:
         time.sleep(0.05)
