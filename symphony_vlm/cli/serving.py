@@ -87,7 +87,17 @@ def serve(
     from symphony_vlm.serving.server import serve as run
 
     limits = RequestLimits(max_body_bytes=max_request_mb * 2**20, max_images=max_images, max_tokens=max_new_tokens)
-    batching = {"limits": limits, "max_batch": max_batch, "max_waiting": max_waiting}
-    ending = {"shutdown_seconds": shutdown_seconds}
-    loading = {"device": device, "dtype": dtype, "quantization": quantize}
-    run(model, host=host, port=port, api_key=api_key, name=model_name, **batching, **ending, **loading)
+    run(
+        model,
+        host=host,
+        port=port,
+        api_key=api_key,
+        name=model_name,
+        limits=limits,
+        max_batch=max_batch,
+        max_waiting=max_waiting,
+        shutdown_seconds=shutdown_seconds,
+        device=device,
+        dtype=dtype,
+        quantization=quantize,
+    )

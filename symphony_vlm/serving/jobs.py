@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from symphony_vlm.serving.sampling import SamplingSettings
+from symphony_vlm.serving.token_text import TokenText
 from symphony_vlm.serving.visible_text import VisibleText
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
     from transformers.feature_extraction_utils import BatchFeature
 
     from symphony_vlm.model.processor import SymphonyVLMProcessor
@@ -85,7 +85,7 @@ class Row:
         """Whether a piece of text has been given out."""
         self._stop_ids = stop_ids
         self._visible = VisibleText((processor.answer_end, *job.settings.stop))
-        self._text = _TokenText(processor.tokenizer)
+        self._text = TokenText(processor.tokenizer)
         self._num_tokens = 0
 
     def take(self, token: int) -> None:
@@ -122,32 +122,3 @@ class Row:
         if text:
             self.has_spoken = True
             self.job.emit(Piece(text))
-
-
-class _TokenText:
-    """Tokens to text as they come: a letter is given out when its last byte is there.
-
-    How a token reads may depend on the one before it (a blank or none), so some tokens before are decoded along.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._begin = 0
-        self._given = 0
-
-    def add(self, token: int) -> str:
-        self._ids.append(token)
-        before, now = self._decode(self._ids[self._begin : self._given]), self._decode(self._ids[self._begin :])
-        if len(now) <= len(before) or now.endswith("\ufffd"):
-            return ""
-        self._begin, self._given = self._given, len(self._ids)
-        return now[len(before) :]
-
-    def rest(self) -> str:
-        before = self._decode(self._ids[self._begin : self._given])
-        return self._decode(self._ids[self._begin :])[len(before) :]
-
-    def _decode(self, ids: list[int]) -> str:
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return text
