@@ -19,7 +19,7 @@ from symphony_vlm.data.images import ImageLike, open_image
 from symphony_vlm.data.sample import ImagePart, Message, TextPart
 from symphony_vlm.errors import InputError
 from symphony_vlm.serving.generation import Generation
-from symphony_vlm.serving.prefix_cache import PrefixCache, mark_tokens
+from symphony_vlm.serving.prefix_cache import PrefixCache, forget_all, mark_tokens
 from symphony_vlm.serving.routing_trace import ConversationRouting, RoutingTrace
 from symphony_vlm.serving.visible_text import VisibleText
 
@@ -240,6 +240,9 @@ class ChatSession:
             if rest := answer[visible.length :]:
                 yield rest
             self._commit(turn, answer)
+        except torch.OutOfMemoryError:
+            forget_all()
+            raise
         finally:
             self._generation = None
             self._answering = False

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from transformers.cache_utils import Cache, DynamicLayer
 
-__all__ = ["MAX_KEPT", "PrefixCache", "mark_tokens"]
+__all__ = ["MAX_KEPT", "PrefixCache", "forget_all", "mark_tokens"]
 
 MAX_KEPT = 8
 """Conversations of this process that keep keys and values at the same time; the one not used for longest loses its
@@ -73,6 +73,15 @@ class PrefixCache:
     def clear(self) -> None:
         """Forgets everything."""
         self._held = None
+
+
+def forget_all() -> None:
+    """Frees what all conversations of this process keep, for a device that has run out of memory."""
+    with _recent_lock:
+        for held in _recent:
+            if (prefix := held()) is not None:
+                prefix.clear()
+        _recent.clear()
 
 
 def mark_tokens(ids: Sequence[int], image_token_id: int, pictures: Sequence[tuple[int, int]]) -> list[int]:

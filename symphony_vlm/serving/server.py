@@ -57,8 +57,11 @@ def serve(
     from symphony_vlm.model.loading import load
     from symphony_vlm.serving.page_style import page_title
 
-    if api_key is not None and not api_key.strip():
+    api_key = None if api_key is None else api_key.strip()
+    if api_key == "":
         raise InputError("the key is empty", where="--api-key", remedy="Leave it out, or give one.")
+    if api_key is not None and not api_key.isascii():
+        raise InputError("the key has letters that no HTTP header can hold", where="--api-key")
     with listen(host, port) as listener:
         typer.secho(f"loading {model_name}", err=True, dim=True)
         model = load(model_name, **loading)

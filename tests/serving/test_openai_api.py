@@ -181,6 +181,20 @@ def test_settings(client: httpx.Client) -> None:
     )
 
 
+def test_a_request_of_vlmevalkit(client: httpx.Client, model: Model) -> None:
+    """What ``GPT4V.generate_inner`` sends (VLMEvalKit at 00006c5, vlmeval/api/gpt.py)."""
+    url = data_url(RED, "jpeg")
+    content = [{"type": "image_url", "image_url": {"url": url, "detail": "low"}}, {"type": "text", "text": "What?"}]
+    messages = [{"role": "user", "content": content}]
+    payload = {"model": "tiny", "messages": messages, "n": 1, "temperature": 0, "max_tokens": 2048}
+    response = client.post(
+        "/v1/chat/completions", content=json.dumps(payload), headers={"Content-Type": "application/json"}
+    )
+    jpeg = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
+    expected = model.chat("What?", images=jpeg, max_new_tokens=LIMITS.max_tokens)
+    assert response.json()["choices"][0]["message"]["content"].strip() == expected
+
+
 def test_fifty_at_once_are_answered_as_one_by_one(client: httpx.Client) -> None:
     """In fp32, see test_batching. None is lost: 8 in a batch, 60 may wait."""
     requests = []
@@ -188,7 +202,7 @@ def test_fifty_at_once_are_answered_as_one_by_one(client: httpx.Client) -> None:
         words: Any = f"How many shapes are there in picture {i}? " + "please " * (i % 7)
         content = [SEE, {"type": "text", "text": words}] if i % 3 == 0 else words
         sampling = {"temperature": 1.2, "seed": i} if i % 2 else {}
-        requests.append(body(content, max_tokens=3 + i % 9, **sampling))
+        requests.append(body(content, max_tokens=2 + i % 5, **sampling))
     with ThreadPoolExecutor(50) as pool:
         together = list(pool.map(lambda r: client.post("/v1/chat/completions", json=r), requests))
     assert [response.status_code for response in together] == [200] * 50
@@ -507,6 +521,9 @@ def test_the_official_client(address: str, model: Model) -> None:
         usage = chunk.usage
     assert "".join(pieces) == expected
     assert usage == answer.usage
+    with ThreadPoolExecutor(50) as pool:
+        many = list(pool.map(lambda _: client.chat.completions.create(**ask), range(50)))
+    assert {one.choices[0].message.content for one in many} == {expected}
     with pytest.raises(openai.AuthenticationError):
         openai.OpenAI(base_url=f"{address}/v1", api_key="wrong").models.list()
     with pytest.raises(openai.NotFoundError):

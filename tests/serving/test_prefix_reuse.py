@@ -179,6 +179,23 @@ def test_conversations_beyond_the_limit_lose_the_cache_used_longest_ago(tiny_moe
     sessions[0].ask("And?", max_new_tokens=2)
 
 
+def test_out_of_memory_frees_what_the_others_keep(tiny_moe_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, failing = ChatSession(tiny_moe_model), ChatSession(tiny_moe_model)
+    kept.ask("What?", max_new_tokens=2)
+    assert kept._prefix is not None
+    assert kept._prefix._held is not None
+
+    def fail(**arguments: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tiny_moe_model, "generate", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            failing.ask("What?", max_new_tokens=2)
+    assert kept._prefix._held is None
+    kept.ask("And?", max_new_tokens=2)
+
+
 def test_marks_tell_pictures_apart() -> None:
     assert mark_tokens([7, 9, 9, 8, 9], 9, [(0, 2), (5, 1)]) == [7, -1, -1, 8, -6]
     assert PrefixCache().take([1, 2]) == (None, 0)

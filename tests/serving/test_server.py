@@ -98,7 +98,11 @@ def test_a_taken_port_is_found_before_the_model_is_looked_for() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({}, "./nothing: no such model folder"), ({"api_key": " "}, "--api-key: the key is empty")],
+    [
+        ({}, "./nothing: no such model folder"),
+        ({"api_key": " "}, "--api-key: the key is empty"),
+        ({"api_key": "schlüssel"}, "--api-key: the key has letters that no HTTP header can hold"),
+    ],
 )
 def test_mistakes_are_found_before_anything_is_served(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
