@@ -9,7 +9,7 @@ from typing import Any
 
 from symphony_vlm.serving.jobs import Finished
 
-__all__ = ["Answer"]
+__all__ = ["END_OF_STREAM", "Answer", "sse"]
 
 END_OF_STREAM = b"data: [DONE]\n\n"
 

@@ -461,14 +461,17 @@ def test_a_client_that_goes_frees_its_place(
     steps = hold(model, monkeypatch, lambda step: time.sleep(0.05))
     headers = {"Authorization": f"Bearer {KEY}"}
     request = body(stream=stream, max_tokens=64)
+    patience = httpx.Timeout(30, read=0.5)
     with (
         pytest.raises(httpx.ReadTimeout),
-        httpx.stream("POST", f"{address}/v1/chat/completions", json=request, headers=headers, timeout=0.5) as response,
+        httpx.stream(
+            "POST", f"{address}/v1/chat/completions", json=request, headers=headers, timeout=patience
+        ) as response,
     ):
         if stream:
             next(response.iter_lines())
             raise httpx.ReadTimeout("goes")
-    until = time.monotonic() + 3
+    until = time.monotonic() + 10
     while httpx.get(f"{address}/health").json()["running"] and time.monotonic() < until:
         time.sleep(0.05)
     assert httpx.get(f"{address}/health").json()["running"] == 0
@@ -486,23 +489,24 @@ def test_more_than_may_wait_are_told_to_come_back(model: Model) -> None:
             url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1/chat/completions"
             with ThreadPoolExecutor(8) as pool:
                 asked = [pool.submit(httpx.post, url, json=body(), timeout=30) for _ in range(8)]
-                refused = wait_for_refusals(asked, 6)
+                wait_for(asked, 6)
                 going.set()
-                answered = [future.result() for future in asked if future.result() not in refused]
+                responses = [future.result() for future in asked]
             server.should_exit = True
             thread.join(20)
-    assert [response.status_code for response in answered] == [200, 200]
+    refused = [response for response in responses if response.status_code != 200]
+    # One runs and one waits; the one to wait may come before the first has left the line.
+    assert len(responses) - len(refused) in (1, 2)
     for response in refused:
         assert response.status_code == 429
         assert error_of(response)["type"] == "rate_limit_error"
         assert response.headers["retry-after"] == "1"
 
 
-def wait_for_refusals(asked: list[Any], count: int) -> list[httpx.Response]:
+def wait_for(asked: list[Any], count: int) -> None:
     until = time.monotonic() + 20
     while sum(future.done() for future in asked) < count and time.monotonic() < until:
         time.sleep(0.02)
-    return [future.result() for future in asked if future.done()]
 
 
 def test_the_official_client(address: str, model: Model) -> None:
