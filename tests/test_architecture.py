@@ -45,7 +45,9 @@ ONLY_INSIDE_FUNCTIONS = {
     "peft",
     "pycocoevalcap",
     "sacrebleu",
+    "starlette",
     "timm",
+    "uvicorn",
     "wandb",
 }
 

@@ -63,18 +63,26 @@ def local_folder(name: str | Path) -> Path:
 
 
 def load(
-    name: str | Path, *, device: str | None = None, dtype: str = "auto", **kwargs: Any
+    name: str | Path,
+    *,
+    device: str | None = None,
+    dtype: str = "auto",
+    quantization: str = "none",
+    **kwargs: Any,
 ) -> SymphonyVLMForConditionalGeneration:
     """A model in evaluation mode with its processor at ``model.processor``, ready for ``model.chat(...)``.
 
     Args:
         name: folder of a saved model or of a finished run, or a hub name.
-        device: e.g. ``cuda``; default: the accelerator if there is one, else the CPU.
-        dtype: ``auto`` (as saved), ``float32``, ``bfloat16``.
+        device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``; default: a CUDA device if there is one, else the CPU.
+        dtype: ``auto`` (as saved), ``float32``, ``bfloat16``, ``float16``.
+        quantization: ``none``, or ``8bit`` and ``4bit`` for the language model's linear layers (`quantization`),
+            on a CUDA device and with the extra ``symphony-vlm[qlora]``.
         kwargs: for ``from_pretrained``.
 
     Raises:
-        InputError: no model there, or the weights do not fit the configuration.
+        InputError: no model there, the weights do not fit the configuration, or the device, the precision or the
+            quantisation is not to be had here.
     """
     folder = resolve_model_folder(name)
     found = model_type_of(folder)
@@ -84,18 +92,22 @@ def load(
             remedy = "This is a language model: use symphony_vlm.load_language_model."
         where = str(Path(folder) / "config.json")
         raise InputError(f"model_type is {found!r}, expected 'symphony_vlm'", where=where, remedy=remedy)
-    import torch
-
+    from symphony_vlm.model.devices import check_dtype, choose_device
     from symphony_vlm.model.processor import SymphonyVLMProcessor
+    from symphony_vlm.model.quantization import check_quantization, quantize_
     from symphony_vlm.model.vlm import SymphonyVLMForConditionalGeneration
 
+    chosen = choose_device(device)
+    check_dtype(dtype)
+    check_quantization(quantization, chosen)
     try:
         model = SymphonyVLMForConditionalGeneration.from_pretrained(folder, dtype=dtype, **kwargs)
         model.processor = SymphonyVLMProcessor.from_pretrained(folder)
     except OSError as error:
         first = str(error).splitlines()[0]
         raise InputError(first, where=folder, remedy="Give the folder of a saved model or run.") from error
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if quantization != "none":
+        quantize_(model, quantization, model.dtype)
     return model.to(chosen).eval()
 
 

@@ -182,9 +182,13 @@ class SymphonyVLMProcessor(ProcessorMixin):
             self.encode(messages, generation_prompt=True, num_image_tokens=tokens).input_ids
             for messages, tokens in zip(conversations, counts, strict=True)
         ]
+        return self.pad_prompts(rows)
+
+    def pad_prompts(self, rows: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
+        """The same of prompts that are token ids already."""
         longest = max(len(row) for row in rows)
         pad = self.tokenizer.pad_token_id
-        ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows])
+        ids = torch.tensor([[pad] * (longest - len(row)) + [*row] for row in rows])
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
         return {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids_from_mask(mask)}
 

@@ -1,4 +1,7 @@
-"""Holds the frozen linear layers of a language model in 8 or 4 bits while adapters train (QLoRA, arXiv 2305.14314)."""
+"""Holds the linear layers of a language model in 8 or 4 bits: in use, or frozen while adapters train.
+
+LLM.int8: arXiv 2208.07339; NF4 and QLoRA: arXiv 2305.14314.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,38 @@ import torch
 from symphony_vlm.errors import InputError
 from symphony_vlm.model.adapters import linear_layers
 
-__all__ = ["quantize_"]
+__all__ = ["QUANTIZATIONS", "check_quantization", "quantize_"]
+
+QUANTIZATIONS = ("none", "8bit", "4bit")
+
+
+def check_quantization(bits: str, device: torch.device) -> None:
+    """Raises an `InputError` if a model cannot be opened so on a device; asked before its weights are read."""
+    if bits not in QUANTIZATIONS:
+        raise InputError(f"{bits!r} is not one of {', '.join(QUANTIZATIONS)}", where="quantization")
+    if bits == "none":
+        return
+    _bitsandbytes(bits, "quantization", "leave it out (bfloat16 halves the memory everywhere)")
+    if device.type != "cuda":
+        raise InputError(f"{bits} needs a CUDA device, not {device.type!r}", where="quantization")
+
+
+def _bitsandbytes(bits: str, where: str, otherwise: str) -> Any:
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise InputError(
+            f"{bits} needs bitsandbytes ({error})",
+            where=where,
+            remedy=f"pip install 'symphony-vlm[qlora]', or {otherwise}.",
+        ) from error
+    if not torch.cuda.is_available():
+        raise InputError(
+            f"{bits} needs a CUDA device, and there is none here",
+            where=where,
+            remedy=f"{otherwise[:1].upper()}{otherwise[1:]}; extra symphony-vlm[qlora] helps on CUDA only.",
+        )
+    return bitsandbytes
 
 
 def quantize_(model: Any, bits: str, compute_dtype: torch.dtype) -> None:
@@ -26,20 +60,7 @@ def quantize_(model: Any, bits: str, compute_dtype: torch.dtype) -> None:
     Raises:
         InputError: bitsandbytes or a CUDA device is missing.
     """
-    try:
-        import bitsandbytes
-    except ImportError as error:
-        raise InputError(
-            f"{bits} needs bitsandbytes ({error})",
-            where="lora.quantization",
-            remedy="pip install 'symphony-vlm[qlora]', or set quantization: none.",
-        ) from error
-    if not torch.cuda.is_available():
-        raise InputError(
-            f"{bits} needs a CUDA device, and there is none here",
-            where="lora.quantization",
-            remedy="Set quantization: none; extra symphony-vlm[qlora] helps on CUDA only.",
-        )
+    bitsandbytes = _bitsandbytes(bits, "lora.quantization", "set quantization: none")
     layers = bitsandbytes.nn
     for name, linear in linear_layers(model).items():
         sizes = {"input_features": linear.in_features, "output_features": linear.out_features}

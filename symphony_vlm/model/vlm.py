@@ -301,11 +301,12 @@ class SymphonyVLMForConditionalGeneration(SymphonyPreTrainedModel, GenerationMix
         return super().generate(*args, **kwargs)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Images enter with the prompt; with a cache, later steps have only new text tokens."""
+        """Images enter with the prompt, of which a cache may hold the beginning; later steps have text tokens only."""
         images = {name: kwargs.pop(name, None) for name in IMAGE_INPUTS}
+        first = kwargs.get("is_first_iteration", False)
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
         cache = inputs.get("past_key_values")
-        if cache is None or cache.get_seq_length() == 0:
+        if first or cache is None or cache.get_seq_length() == 0:
             inputs |= images
         return inputs
 

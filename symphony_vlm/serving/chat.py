@@ -5,19 +5,23 @@ Every interface (terminal, web page, your own) holds one `ChatSession` per user.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
-import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from symphony_vlm.data.images import ImageLike, open_image
 from symphony_vlm.data.sample import ImagePart, Message, TextPart
 from symphony_vlm.errors import InputError
+from symphony_vlm.serving.generation import Generation
+from symphony_vlm.serving.prefix_cache import PrefixCache, forget_all, mark_tokens
+from symphony_vlm.serving.routing_trace import ConversationRouting, RoutingTrace
+from symphony_vlm.serving.visible_text import VisibleText
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -27,6 +31,12 @@ if TYPE_CHECKING:
     from symphony_vlm.model.vlm import SymphonyVLMForConditionalGeneration
 
 __all__ = ["ChatSession", "read_picture"]
+
+_ABOUT_CACHE = {
+    *("use_cache", "past_key_values", "cache_implementation", "cache_config", "prefill_chunk_size"),
+    *("assistant_model", "prompt_lookup_num_tokens", "generation_config"),
+}
+"""Arguments of ``generate`` with which a turn has a cache of its own, or none."""
 
 
 def read_picture(image: ImageLike) -> Image.Image:
@@ -48,26 +58,42 @@ class ChatSession:
     fails, or whose stream is closed before its end, leaves the history as it was, and its pictures wait for the next
     question.
 
+    A picture is encoded once, and a turn computes its own tokens only: keys and values of those before are kept
+    (`prefix_cache`), for the conversations used last.
+
     Args:
         model: a model with its processor, as `symphony_vlm.load` gives it. Several sessions may share it, but only
             one may generate at a time.
         system: a system message instead of the template's own.
+        reuse_prefix: False computes the whole conversation again in every turn.
+        trace_routing: records which experts the tokens go to, for `routing`.
 
     Raises:
         InputError: the model has no processor.
     """
 
-    def __init__(self, model: SymphonyVLMForConditionalGeneration, *, system: str | None = None) -> None:
+    def __init__(
+        self,
+        model: SymphonyVLMForConditionalGeneration,
+        *,
+        system: str | None = None,
+        reuse_prefix: bool = True,
+        trace_routing: bool = False,
+    ) -> None:
         if model.processor is None:
             raise InputError("no processor", where="chat", remedy="Open the model with symphony_vlm.load(folder).")
         self.model = model
         self._processor: SymphonyVLMProcessor = model.processor
         self._system = () if system is None else (Message(role="system", parts=(TextPart(text=system),)),)
         self._turns: tuple[Message, ...] = ()
-        self._features: tuple[Tensor, ...] = ()
+        self._pictures: tuple[_Picture, ...] = ()
         self._pending: list[_Picture] = []
-        self._generation: _Generation | None = None
+        self._prefix = PrefixCache() if reuse_prefix else None
+        self._trace = RoutingTrace(model) if trace_routing and model.config.moe_config is not None else None
+        self._generation: Generation | None = None
         self._answering = False
+        self.routing: ConversationRouting | None = None
+        """The experts of the last turn's tokens; None before it, and where they are not traced."""
 
     @property
     def history(self) -> tuple[Message, ...]:
@@ -85,9 +111,31 @@ class ChatSession:
         Raises:
             InputError: it cannot be read. Nothing is attached then.
         """
+        self._pending.append(self._read(image))
+
+    def replace_images(self, images: Sequence[ImageLike]) -> None:
+        """Puts other pictures in the place of those of the conversation and those that wait, say corrupted ones.
+
+        What was said stays; from the next turn on the model sees the new pictures.
+
+        Args:
+            images: one for each, those of the conversation first.
+
+        Raises:
+            InputError: an answer is being generated, a picture cannot be read, or they are not as many as before.
+                Nothing is replaced then.
+        """
+        self._require_idle()
+        known = len(self._pictures)
+        if len(images) != known + len(self._pending):
+            raise InputError(f"{len(images)} pictures for {known + len(self._pending)}", where="replace_images")
+        read = [self._read(image) for image in images]
+        self._pictures, self._pending = tuple(read[:known]), read[known:]
+
+    def _read(self, image: ImageLike) -> _Picture:
         opened = read_picture(image)
         (num_tokens,) = self._processor.count_image_tokens([(opened.height, opened.width)])
-        self._pending.append(_Picture(inputs=self._processor.image_processor(opened), num_tokens=num_tokens))
+        return _Picture(inputs=self._processor.image_processor(opened), num_tokens=num_tokens)
 
     def drop_images(self) -> None:
         """Forgets the pictures that wait for the next question."""
@@ -100,8 +148,11 @@ class ChatSession:
             InputError: an answer is being generated.
         """
         self._require_idle()
-        self._turns, self._features = (), ()
+        self._turns, self._pictures = (), ()
         self._pending.clear()
+        self.routing = None
+        if self._prefix is not None:
+            self._prefix.clear()
 
     def ask(self, text: str, *, max_new_tokens: int = 128, temperature: float = 0.0, **generation: Any) -> str:
         """The whole answer to a question; arguments and errors as in `stream`."""
@@ -149,10 +200,10 @@ class ChatSession:
 
     def _prepare(self, text: str, max_new_tokens: int) -> _Turn:
         pictures = tuple(self._pending)
-        images = tuple(ImagePart(index=len(self._features) + i) for i in range(len(pictures)))
+        images = tuple(ImagePart(index=len(self._pictures) + i) for i in range(len(pictures)))
         # A line feed between pictures and words, as in LLaVA's training data.
         question = Message(role="user", parts=(*images, TextPart(text=f"\n{text}" if images else text)))
-        counts = [len(features) for features in self._features] + [picture.num_tokens for picture in pictures]
+        counts = [picture.num_tokens for picture in (*self._pictures, *pictures)]
         prompt = self._processor.encode_prompts([[*self.history, question]], [counts])
         length = prompt["input_ids"].shape[1]
         limit = getattr(self.model.config.text_config, "max_position_embeddings", None)
@@ -172,25 +223,71 @@ class ChatSession:
         self._answering = True
         try:
             inputs: dict[str, Any] = {name: tensor.to(self.model.device) for name, tensor in turn.prompt.items()}
-            features = (*self._features, *(self._encode(picture) for picture in turn.pictures))
-            if features:
-                inputs["image_features"] = list(features)
-            self._generation = generation = _Generation(self.model, self._processor, {**inputs, **arguments})
-            visible = _VisibleText(self._processor.answer_end)
-            for piece in generation.pieces():
-                if new := visible.add(piece):
-                    yield new
-                if visible.ended:
-                    generation.stop()
-            answer = self._processor.decode_answers(generation.result()[:, inputs["input_ids"].shape[1] :])[0]
+            pictures = (*self._pictures, *turn.pictures)
+            new_pictures, keeping = self._go_on_from_prefix(turn, pictures, inputs, arguments)
+            if features := [self._encode(picture) for picture in new_pictures]:
+                inputs["image_features"] = features
+            with keeping:
+                self._generation = generation = Generation(self.model, self._processor, {**inputs, **arguments})
+                visible = VisibleText((self._processor.answer_end,))
+                for piece in generation.pieces():
+                    if new := visible.add(piece):
+                        yield new
+                    if visible.ended:
+                        generation.stop()
+                ids = generation.result().sequences
+            answer = self._processor.decode_answers(ids[:, inputs["input_ids"].shape[1] :])[0]
             if rest := answer[visible.length :]:
                 yield rest
-            self._commit(turn, answer, features)
+            self._commit(turn, answer)
+        except torch.OutOfMemoryError:
+            forget_all()
+            raise
         finally:
-            if self._generation is not None:
-                self._generation.close()
             self._generation = None
             self._answering = False
+
+    def _go_on_from_prefix(
+        self, turn: _Turn, pictures: Sequence[_Picture], inputs: dict[str, Any], arguments: dict[str, Any]
+    ) -> tuple[Sequence[_Picture], contextlib.AbstractContextManager[None]]:
+        """Adds the cache to the inputs; returns the pictures it lacks, and what has to surround the generation."""
+        token = self._processor.image_token_id
+        ids: list[int] = inputs["input_ids"][0].tolist()
+        marks = mark_tokens(ids, token, [(picture.number, picture.num_tokens) for picture in pictures])
+        reused = 0
+        prefix = None if _ABOUT_CACHE & arguments.keys() else self._prefix
+        if prefix is not None:
+            cache, reused = prefix.take(marks)
+            if cache is not None:
+                inputs["past_key_values"] = cache
+        elif self._prefix is not None:
+            self._prefix.clear()
+        # Pictures stand in the prompt in their order, and the cache ends inside of none.
+        known = ids[:reused].count(token)
+        ends = itertools.accumulate(picture.num_tokens for picture in pictures)
+        return pictures[sum(end <= known for end in ends) :], self._keeping(prefix, marks, len(ids), reused)
+
+    @contextlib.contextmanager
+    def _keeping(
+        self, prefix: PrefixCache | None, marks: list[int], prompt_length: int, reused: int
+    ) -> Generator[None, None, None]:
+        """Keeps the cache and the routing of the generation inside, also of one that was stopped half-way."""
+        with contextlib.nullcontext() if self._trace is None else self._trace.recording(reused):
+            try:
+                yield
+            finally:
+                # The thread must have ended, however the turn did; what it computed is good unless it failed.
+                if self._generation is not None and not self._generation.close():
+                    self._keep(prefix, marks, self._generation.result(), prompt_length)
+
+    def _keep(self, prefix: PrefixCache | None, marks: list[int], output: Any, prompt_length: int) -> None:
+        answer_ids = output.sequences[0, prompt_length:].tolist()
+        if prefix is not None:
+            prefix.put(output.past_key_values, [*marks, *answer_ids])
+        if self._trace is not None:
+            token = self._processor.image_token_id
+            ids = [token if mark < 0 else mark for mark in marks]
+            self.routing = self._trace.routing([*ids, *answer_ids], prompt_length)
 
     @torch.no_grad()
     def _encode(self, picture: _Picture) -> Tensor:
@@ -199,10 +296,10 @@ class ChatSession:
             (picture.features,) = self.model.get_image_features(**picture.inputs.to(self.model.device))
         return picture.features
 
-    def _commit(self, turn: _Turn, answer: str, features: tuple[Tensor, ...]) -> None:
+    def _commit(self, turn: _Turn, answer: str) -> None:
         reply = Message(role="assistant", parts=(TextPart(text=answer),))
         self._turns = (*self._turns, turn.question, reply)
-        self._features = features
+        self._pictures = (*self._pictures, *turn.pictures)
         del self._pending[: len(turn.pictures)]
 
 
@@ -212,6 +309,8 @@ class _Picture:
     """What the image processor made of it."""
     num_tokens: int
     features: Tensor | None = None
+    number: int = field(default_factory=itertools.count().__next__)
+    """No other picture has it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,87 +333,3 @@ def _check_settings(text: str, max_new_tokens: int, temperature: float) -> None:
         raise InputError(f"{max_new_tokens} must be at least 1", where="max_new_tokens")
     if not (math.isfinite(temperature) and temperature >= 0):
         raise InputError(f"{temperature} must be 0 (the likeliest answer) or more", where="temperature")
-
-
-@dataclass
-class _VisibleText:
-    """What of the generated text may be shown already: no blank edges, and nothing from the end marker on."""
-
-    end: str
-    ended: bool = False
-    length: int = 0
-    """Of what `add` gave out."""
-    _text: str = field(default="", repr=False)
-
-    def add(self, piece: str) -> str:
-        """Takes new text and returns what has become visible."""
-        self._text += piece
-        cut = self._text.find(self.end)
-        self.ended = cut >= 0
-        visible = (self._text[:cut] if self.ended else self._text[: len(self._text) - self._begun_end()]).strip()
-        new = visible[self.length :]
-        self.length += len(new)
-        return new
-
-    def _begun_end(self) -> int:
-        """How many letters at the end of the text may be the beginning of the end marker."""
-        sizes = range(min(len(self.end) - 1, len(self._text)), 0, -1)
-        return next((size for size in sizes if self._text.endswith(self.end[:size])), 0)
-
-
-class _StopWhenSet(StoppingCriteria):
-    def __init__(self, event: threading.Event) -> None:
-        self._event = event
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        return torch.full((input_ids.shape[0],), self._event.is_set(), dtype=torch.bool, device=input_ids.device)
-
-
-class _Generation:
-    """``model.generate`` in a thread of its own, which starts at once."""
-
-    def __init__(
-        self,
-        model: SymphonyVLMForConditionalGeneration,
-        processor: SymphonyVLMProcessor,
-        arguments: dict[str, Any],
-    ) -> None:
-        self._model = model
-        self._stopping = threading.Event()
-        self._streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._ids: Tensor | None = None
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, args=(arguments,), name="generate", daemon=True)
-        self._thread.start()
-
-    def _run(self, arguments: dict[str, Any]) -> None:
-        criteria = [*arguments.pop("stopping_criteria", ()), _StopWhenSet(self._stopping)]
-        try:
-            self._ids = self._model.generate(
-                **arguments, streamer=self._streamer, stopping_criteria=StoppingCriteriaList(criteria)
-            )
-        except BaseException as error:  # it belongs to the consumer, whatever it is
-            self._error = error
-            # Otherwise the consumer would wait for ever.
-            self._streamer.on_finalized_text("", stream_end=True)
-
-    def pieces(self) -> Iterator[str]:
-        """Text as it comes; ends when generation ends, also by an error."""
-        yield from self._streamer
-
-    def result(self) -> Tensor:
-        """Prompt and answer ids, ``[1, S]``, after the end; raises what the generation raised."""
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-        assert self._ids is not None
-        return self._ids
-
-    def stop(self) -> None:
-        """Asks the generation to end after the token it is at."""
-        self._stopping.set()
-
-    def close(self) -> None:
-        """Stops, and waits for the thread."""
-        self.stop()
-        self._thread.join()

@@ -11,7 +11,6 @@ import html
 import logging
 import os
 import signal
-import socket
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ import typer
 
 from symphony_vlm.errors import InputError
 from symphony_vlm.serving.examples import Example, draw_examples
+from symphony_vlm.serving.listening import listen
 from symphony_vlm.serving.page_style import header, page_title, router_text, stylesheet, theme
 from symphony_vlm.serving.uploads import (
     MAX_UPLOAD_BYTES,
@@ -79,7 +79,9 @@ class _Visitor:
         return _Visitor()
 
 
-def launch(model_name: str, *, host: str = "127.0.0.1", port: int = 7860, block: bool = True) -> gr.Blocks:
+def launch(
+    model_name: str, *, host: str = "127.0.0.1", port: int = 7860, block: bool = True, **loading: Any
+) -> gr.Blocks:
     """Opens the chat page and serves it until it is interrupted.
 
     Args:
@@ -87,13 +89,14 @@ def launch(model_name: str, *, host: str = "127.0.0.1", port: int = 7860, block:
         host: address to listen on; ``0.0.0.0`` for every address of the machine.
         port: port to listen on; 0 takes a free one.
         block: False returns at once; close the app with its ``close()``.
+        loading: for `symphony_vlm.load`.
 
     Raises:
         InputError: the model cannot be opened, or the port is taken.
     """
     port = _usable_port(host, port)
     typer.secho(f"loading {model_name}", err=True, dim=True)
-    app = build_app(model_name)
+    app = build_app(model_name, **loading)
     app.queue(max_size=MAX_WAITING, default_concurrency_limit=1)
     app.launch(
         server_name=host,
@@ -113,18 +116,19 @@ def launch(model_name: str, *, host: str = "127.0.0.1", port: int = 7860, block:
     return app
 
 
-def build_app(model_name: str) -> gr.Blocks:
+def build_app(model_name: str, **loading: Any) -> gr.Blocks:
     """The page, not yet served.
 
     Args:
         model_name: folder of a model or of a finished run, or a hub name.
+        loading: for `symphony_vlm.load`.
 
     Raises:
         InputError: the model cannot be opened.
     """
     from symphony_vlm.model.loading import load
 
-    model = load(model_name)
+    model = load(model_name, **loading)
     uploads = private_upload_folder()
     gr = _import_gradio()
     title = page_title(model_name)
@@ -372,19 +376,9 @@ def _import_gradio() -> Any:
 
 def _usable_port(host: str, port: int) -> int:
     """Tries the address, before the model takes its time to load."""
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, port))
-            free: int = probe.getsockname()[1]
-            return free
-    except OSError as error:
-        raise InputError(
-            f"cannot listen there: {error.strerror or error}",
-            where=f"{host}:{port}",
-            remedy="Choose another --port (0 takes a free one) or --host.",
-        ) from error
+    with listen(host, port) as probe:
+        free: int = probe.getsockname()[1]
+        return free
 
 
 def _wait(app: gr.Blocks) -> None:

@@ -9,13 +9,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
+from rich.console import Console
 
+from symphony_vlm.corruptions import corrupt, corruption_rng, image_key
 from symphony_vlm.errors import InputError
 from symphony_vlm.serving.chat import ChatSession
+from symphony_vlm.serving.routing_trace import ConversationRouting
 from symphony_vlm.serving.terminal import _printable, run_terminal_chat
+from symphony_vlm.serving.terminal_commands import Commands
+from symphony_vlm.serving.terminal_history import line_editing
+from symphony_vlm.serving.terminal_routing import share_table
 
+SHORT = {"max_new_tokens": 8}
 Talk = Callable[..., tuple[list[str], str]]
 
 
@@ -41,7 +50,7 @@ def talk(tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest
             raise item
 
         monkeypatch.setattr(builtins, "input", read)
-        run_terminal_chat(str(tiny_model_folder), images or [], None, max_new_tokens=8)
+        run_terminal_chat(str(tiny_model_folder), images or [], None, settings=SHORT)
         captured = capfd.readouterr()
         return captured.out.splitlines(), captured.err
 
@@ -71,7 +80,7 @@ def test_one_question_prints_the_answer_alone(
 ) -> None:
     import symphony_vlm
 
-    run_terminal_chat(str(tiny_model_folder), [picture], "What color?", max_new_tokens=8)
+    run_terminal_chat(str(tiny_model_folder), [picture], "What color?", settings=SHORT)
     captured = capfd.readouterr()
     session = ChatSession(symphony_vlm.load(tiny_model_folder))
     session.add_image(picture)
@@ -81,7 +90,7 @@ def test_one_question_prints_the_answer_alone(
 
 def test_a_bad_picture_is_found_before_the_model_is_loaded(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="does not exist"):
-        run_terminal_chat(str(tmp_path / "no_model"), [tmp_path / "no.png"], "What?", max_new_tokens=8)
+        run_terminal_chat(str(tmp_path / "no_model"), [tmp_path / "no.png"], "What?", settings=SHORT)
 
 
 def test_a_conversation(talk: Talk, echo: list[tuple[str, int]], picture: Path) -> None:
@@ -141,6 +150,112 @@ def test_a_real_model_answers_in_the_loop(talk: Talk, picture: Path) -> None:
     assert out
     assert "error" not in err
     assert "failed" not in err
+
+
+def test_corrupted_pictures_are_those_of_an_evaluation(
+    talk: Talk, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    picture = tmp_path / "noise.png"
+    Image.effect_noise((48, 40), 80).convert("RGB").save(picture)
+    given: list[list[Image.Image]] = []
+    replace, add = ChatSession.replace_images, ChatSession.add_image
+    monkeypatch.setattr(
+        ChatSession, "replace_images", lambda self, images: (given.append(images), replace(self, images))[1]
+    )
+    monkeypatch.setattr(ChatSession, "add_image", lambda self, image: (given.append([image]), add(self, image))[1])
+    _, err = talk(
+        f"/image {picture}", "What?", "/corrupt fog 3", "What?", f"/image {picture}", "/corrupt off", "/reset", "What?"
+    )
+    assert "error" not in err
+    assert "From now on the model sees all pictures with fog of severity 3; what was said so far stays." in err
+    assert "From now on the model sees all pictures as they are" in err
+    clean = np.asarray(Image.open(picture))
+    foggy = corrupt(clean, "fog", 3, corruption_rng(image_key(clean), "fog", 3, 0))
+    expected = [[clean], [foggy], [foggy], [clean, clean]]
+    assert [[np.asarray(image).tolist() for image in images] for images in given] == [
+        [image.tolist() for image in images] for images in expected
+    ]
+
+
+def test_mistakes_in_commands_change_nothing(talk: Talk, picture: Path) -> None:
+    out, err = talk(
+        f"/image '{picture}'", "/corrupt", "/corrupt fog", "/corrupt fog 6", "/corrupt fgo 3", "/corupt fog 3",
+        "/routing", "/routing x", "What?", "/routing 7", "/routing -1",
+    )  # fmt: skip
+    errors = [line for line in err.splitlines() if line.startswith(("error:", "failed:"))]
+    for line, words in zip(
+        errors,
+        [
+            *("/corrupt: '' is not", "'fog' is not a corruption and a severity", "'fog 6'", "did you mean 'fog'"),
+            *("did you mean '/corrupt'", "no answer yet", "no answer yet", "layer 7 has no experts", "'-1' is not"),
+        ],
+        strict=True,
+    ):
+        assert words in line
+    assert len(out) >= 1
+
+
+def test_routing_of_the_last_answer(talk: Talk, picture: Path) -> None:
+    _, err = talk(f"/image '{picture}'", "What color is it?", "/routing", "/routing 1")
+    assert "error" not in err
+    # Of 8 tokens the last is not read by the model any more.
+    assert "Shares of the experts in the answer's 7 tokens, by layer:" in err
+    rows = [line.split() for line in err.splitlines() if line.split()[:1] in (["0"], ["1"]) and "%" in line]
+    assert [row[0] for row in rows] == ["0", "1"]
+    for row in rows:
+        assert len(row) == 5
+        # Rounded to whole percent, four shares may miss 100 by two.
+        assert abs(sum(int(cell.rstrip("%")) for cell in row[1:] if cell != "·") - 100) <= 2
+    words = err.splitlines()[-3:]
+    assert any(letter in "".join(words) for letter in "₀₁₂₃")
+
+
+def test_a_dense_model_has_no_routing(tiny_model: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(InputError, match="dense"):
+        Commands(ChatSession(tiny_model), Console(stderr=True)).run("/routing")
+
+
+def test_many_experts_are_shown_by_the_busiest(capfd: pytest.CaptureFixture[str]) -> None:
+    experts = torch.tensor([[0, 1], [63, 2], [63, 2], [63, 5]])
+    routing = ConversationRouting(
+        token_ids=(1, 2, 3, 4), answer_start=1, num_experts=64, experts={3: experts}, weights={3: experts.float()}
+    )
+    console = Console(width=80)
+    console.print(share_table(routing))
+    assert "3  63: 50%  2: 33%  5: 17%" in capfd.readouterr().out
+
+
+def test_what_was_typed_is_kept_for_the_next_chat(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    readline = pytest.importorskip("readline")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    file = tmp_path / "state" / "symphony_vlm" / "chat_history"
+    try:
+        for line in ("one", "two"):
+            readline.clear_history()
+            with line_editing(keep=True) as problem:
+                assert problem is None
+                readline.add_history(line)
+        assert file.read_text().split() == ["one", "two"]
+        assert file.stat().st_mode & 0o777 == 0o600
+        readline.clear_history()
+        with line_editing(keep=False):
+            readline.add_history("three")
+            assert readline.get_current_history_length() == 1
+        assert "three" not in file.read_text()
+        file.unlink()
+        file.mkdir()
+        with line_editing(keep=True) as problem:
+            assert problem is not None
+            assert "not kept" in problem
+    finally:
+        readline.clear_history()
+
+
+def test_without_a_terminal_nothing_is_kept(talk: Talk, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    talk("/help")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_control_characters_do_not_reach_the_terminal() -> None:
