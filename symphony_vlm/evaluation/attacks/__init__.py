@@ -1,0 +1,1 @@
+"""Attacks: what a model answers when somebody works against it, with a stated budget (``docs/attacks.md``)."""
