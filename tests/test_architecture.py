@@ -27,6 +27,7 @@ FORBIDDEN = {
     "serving": {"training", "evaluation", "cli", "integrations", "quickstart"},
     # Harnesses of other people: they stand beside the command line, and nothing here needs them.
     "integrations": {"training", "serving", "cli", "quickstart"},
+    "study": {"serving", "cli", "integrations", "quickstart"},
     "cli": set(),
 }
 """For each part, those it must not import: moe <- model <- {training, evaluation, serving} <- cli, quickstart.

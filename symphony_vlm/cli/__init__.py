@@ -3,7 +3,7 @@
 Each file holds the commands of one subject; importing it adds them to the application, in the order of ``--help``.
 """
 
-from symphony_vlm.cli import training, evaluation, perplexity, scoring, serving, data, recipes, parameters  # noqa: F401, I001
+from symphony_vlm.cli import training, evaluation, perplexity, scoring, serving, data, recipes, parameters, study  # noqa: F401, I001
 from symphony_vlm.cli.application import app
 from symphony_vlm.cli.entry import main
 

@@ -108,7 +108,7 @@ def _attacks(attack: str | None, rates: str, token: str, profile: str, seed: int
     if not values:
         raise InputError("no rate was given", where="--rate", remedy="Give one, e.g. --rate 0.015.")
     return tuple(
-        Attack(rate=value, token=token, profile=PROFILES[PROFILES.index(profile)], seed=seed)  # type: ignore[arg-type]
+        Attack(rate=value, token=token, profile=PROFILES[PROFILES.index(profile)], seed=seed)
         for value in dict.fromkeys(values)
     )
 
@@ -130,8 +130,11 @@ def _show(found: dict[str, Any]) -> None:
             f"{cell['n_tokens']:,}",
             f"{cell['coverage']:.2%}",
         )
+    # Piped output must not depend on the width of a terminal that nobody sees.
     screen = Console(highlight=False)
-    screen.print(table, width=None if screen.is_terminal else 120)
+    if not screen.is_terminal:
+        screen = Console(highlight=False, width=120)
+    screen.print(table)
     for pair in found["pairs"]:
         screen.print(
             f"{pair['second']} minus {pair['first']}: {pair['nats_per_word']:+.4f} nats per word "

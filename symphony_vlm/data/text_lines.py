@@ -14,7 +14,7 @@ from symphony_vlm.errors import InputError
 __all__ = ["TextLines", "articles", "open_lines", "read_lines"]
 
 COLUMN = "text"
-_TITLE = re.compile(r"\s*= [^=].*[^=] =\s*").fullmatch
+_TITLE = re.compile(r"\s*= (?:[^=\s]|[^=\s].*[^=\s]) =\s*").fullmatch
 
 
 class TextLines:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,16 +26,20 @@ def train_word_tokenizer(lines: Iterable[str], *, vocab_size: int, min_frequency
         vocab_size: at most so many tokens, ``<unk>`` and ``<eos>`` among them.
         min_frequency: rarer words are ``<unk>``.
     """
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
+    # Counted here: the library's WordLevelTrainer numbers special tokens anew that stand in the text, as <unk> does in
+    # WikiText, and leaves holes where they were.
+    counts = Counter(chain.from_iterable(line.split() for line in lines))
+    special = [UNKNOWN, LINE_END]
+    frequent = [word for word, count in counts.items() if count >= min_frequency and word not in special]
+    # Equally frequent words in the order of the alphabet, so that equal texts give equal numbers.
+    words = special + sorted(frequent, key=lambda word: (-counts[word], word))
+    vocabulary = {word: number for number, word in enumerate(words[:vocab_size])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Replace("\n", f" {LINE_END} ")
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    trainer = trainers.WordLevelTrainer(
-        vocab_size=vocab_size, min_frequency=min_frequency, special_tokens=[UNKNOWN, LINE_END], show_progress=False
-    )
-    tokenizer.train_from_iterator(with_line_ends(lines), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         unk_token=UNKNOWN,

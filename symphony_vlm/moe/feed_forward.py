@@ -88,8 +88,9 @@ def recognise(mlp: nn.Module, where: str) -> FeedForward:
             where="moe.layers",
             remedy=SUPPORTED,
         )
-    # GPT's families call it so and have it last; a dropout of the hidden values has other names (timm's drop1).
-    dropout = children.pop("dropout") if isinstance(children.get("dropout"), nn.Dropout) else None
+    # Only GPT's families are known to apply it to the output; on the hidden values an expert could not have it.
+    of_gpt = linear and linear[-1] is children.get("c_proj") and isinstance(children.get("dropout"), nn.Dropout)
+    dropout = children.pop("dropout") if of_gpt else None
     others = [child for child in children.values() if child not in linear and not _does_nothing(child)]
     with_bias = {part.bias is not None for part in linear}
     if len(others) != 1 or any(True for _ in others[0].parameters()) or len(with_bias) > 1:

@@ -56,7 +56,7 @@ class TokenisedText:
         kept_N = scored_N & ~self.swapped_N
 
         def by_line(weights_N: NDArray[Any]) -> NDArray[np.float64]:
-            return np.bincount(self.lines_N, weights=weights_N, minlength=self.num_lines)
+            return np.bincount(self.lines_N, weights=weights_N, minlength=self.num_lines).astype(np.float64)
 
         complete_U = np.ones(len(self.unit_lines_U), dtype=bool)
         missing = self.units_N[~scored_N]
