@@ -29,9 +29,10 @@ def page_text(study: Study, document: dict[str, Any]) -> str:
         "",
         study.description,
         "",
-        f"{document['n_cells_done']} of {document['n_cells']} cells are done. Perplexity per word (line ends are words),",
-        "from the mean over seeds of nats per word, with 95 % intervals of a bootstrap of seeds and stretches of text. An",
-        "expert is dead if it got less than a tenth of an equal share of the tokens since training's last record.",
+        f"{document['n_cells_done']} of {document['n_cells']} cells are done.",
+        "Perplexity per word (line ends are words), from the mean over seeds of nats per word, with 95 % intervals of",
+        "a bootstrap of seeds and stretches of text. An expert is dead if it got less than a tenth of an equal share",
+        "of the tokens since training's last record.",
         "",
     ]
     for text in study.texts:
@@ -52,9 +53,9 @@ def _comparison_table(rows: Sequence[dict[str, Any]]) -> list[str]:
     if not rows:
         return []
     lines = [
-        "Nats per word against the baseline, paired by seed and line; below 0 the arm is better. p (seeds): paired t-test",
-        "over seeds, beside it with Holm's correction over this table; p (text): sign flips of stretches of text, for these",
-        "trained models alone.",
+        "Nats per word against the baseline, paired by seed and line; below 0 the arm is better. p (seeds): paired",
+        "t-test over seeds, beside it with Holm's correction over this table; p (text): sign flips of stretches of",
+        "text, for these trained models alone.",
         "",
         "| arm | against | on | difference | p (seeds) | Holm | p (text) |",
         "|---|---|---|---|---|---|---|",
