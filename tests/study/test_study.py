@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def test_a_wrong_study_is_refused(override: str, message: str) -> None:
 def test_articles_are_kept_whole_and_parts_share_nothing() -> None:
     lines = [line for number in range(20) for line in (f" = T{number} = ", f"text {number}", "")]
     parts = split_lines(lines, "article")
-    assert sorted(sum(parts.values(), [])) == sorted(lines)
+    assert sorted(chain.from_iterable(parts.values())) == sorted(lines)
     numbers = {name: {line.split()[-1] for line in part if line.startswith("text")} for name, part in parts.items()}
     assert {name: len(found) for name, found in numbers.items()} == {"train": 14, "validation": 2, "test": 4}
     for number in range(20):
