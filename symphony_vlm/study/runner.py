@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Sequence
@@ -37,6 +38,8 @@ def run_cells(cells: Sequence[StudyCell], *, jobs: int, threads: int, console: C
     workers = _Workers(threads)
     start = time.monotonic()
     pool = ThreadPoolExecutor(max_workers=jobs)
+    # Whatever ends this process must end the cells too: a terminal asks both, a job scheduler this one alone.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     futures = {pool.submit(workers.run, cell): cell for cell in waiting}
     try:
         for number, future in enumerate(as_completed(futures), start=1):
@@ -52,6 +55,7 @@ def run_cells(cells: Sequence[StudyCell], *, jobs: int, threads: int, console: C
     finally:
         workers.stop()
         pool.shutdown(cancel_futures=True)
+        signal.signal(signal.SIGTERM, before)
     return failures
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,16 @@ def test_cells_run_once_failures_do_not_stop_the_others_and_are_tried_again(tmp_
     (tmp_path / "mended").touch()
     assert run_cells([bad, good], jobs=1, threads=1, console=quiet) == {}
     assert bad.is_done() and count.read_text() == "x"
+
+
+def test_a_signal_ends_the_cells_and_they_are_not_done(tmp_path: Path) -> None:
+    # The cell asks its parent to stop, as a job scheduler would, and then takes its time.
+    asks = "import os, signal, time; os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)"
+    slow = cell(tmp_path, "slow", asks)
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run_cells([slow], jobs=1, threads=1, console=Console(quiet=True))
+    assert time.monotonic() - start < 50 and not slow.is_done()
 
 
 def test_a_cell_with_other_settings_begins_anew(tmp_path: Path) -> None:
