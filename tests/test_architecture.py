@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +28,7 @@ FORBIDDEN = {
     "serving": {"training", "evaluation", "cli", "integrations", "quickstart"},
     # Harnesses of other people: they stand beside the command line, and nothing here needs them.
     "integrations": {"training", "serving", "cli", "quickstart"},
+    "study": {"serving", "cli", "integrations", "quickstart"},
     "cli": set(),
 }
 """For each part, those it must not import: moe <- model <- {training, evaluation, serving} <- cli, quickstart.
@@ -143,3 +145,10 @@ def test_no_file_is_too_long_to_read(path: Path) -> None:
 def test_light_modules_import_nothing_heavy(module: str) -> None:
     heavy = {"torch", "transformers", "numpy", "PIL"}
     assert not heavy & {name.split(".")[0] for _, name in top_level(PACKAGE / module)}
+
+
+def test_every_package_is_installed() -> None:
+    """The list in pyproject.toml is written by hand: a folder that it lacks would be missing from the wheel."""
+    listed = re.findall(r'^  "(symphony_vlm[.\w]*)",$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)
+    folders = {".".join(path.parent.relative_to(ROOT).parts) for path in PACKAGE.rglob("__init__.py")}
+    assert folders - {"symphony_vlm._configs"} == set(listed) - {"symphony_vlm._configs"}

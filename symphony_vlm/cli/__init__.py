@@ -3,7 +3,18 @@
 Each file holds the commands of one subject; importing it adds them to the application, in the order of ``--help``.
 """
 
-from symphony_vlm.cli import training, evaluation, corruption, scoring, serving, data, recipes, parameters  # noqa: F401, I001
+from symphony_vlm.cli import (  # noqa: F401, I001
+    training,
+    evaluation,
+    corruption,
+    perplexity,
+    scoring,
+    serving,
+    study,
+    data,
+    recipes,
+    parameters,
+)
 from symphony_vlm.cli.application import app
 from symphony_vlm.cli.entry import main
 

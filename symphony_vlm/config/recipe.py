@@ -25,6 +25,8 @@ __all__ = [
     "ScenesConfig",
     "SourceConfig",
     "StageConfig",
+    "TextConfig",
+    "TextSource",
     "VisionSource",
 ]
 
@@ -87,7 +89,12 @@ class LanguageConfig(Schema):
     architecture: dict[str, Any] | None = None
     """A new model: the Hugging Face config's fields with ``model_type``; vocabulary and token ids are filled in."""
     vocab_size: int = Field(default=1024, ge=300)
-    """Size of the tokenizer trained for a new model."""
+    """Size, at most, of the tokenizer trained for a new model."""
+    tokenizer: Literal["bpe", "word_level"] = "bpe"
+    """What is trained for a new model: byte-level BPE; or, in language stages, whole words between white space, with
+    ``<unk>``, and ``<eos>`` at line ends (WikiText)."""
+    min_frequency: int = Field(default=1, ge=1)
+    """How often a word must occur to be one of the word-level tokenizer's; rarer ones are ``<unk>``."""
 
     @model_validator(mode="after")
     def _one_source(self) -> LanguageConfig:
@@ -99,7 +106,8 @@ class LanguageConfig(Schema):
 class ModelConfig(Schema):
     """The parts of the model."""
 
-    vision: VisionSource
+    vision: VisionSource | None = None
+    """None in recipes of language stages, whose model has no eyes."""
     language: LanguageConfig
     projector: Literal["linear", "mlp2x_gelu"] = "mlp2x_gelu"
     template: str = "auto"
@@ -113,11 +121,18 @@ class ModelConfig(Schema):
     """Whether the parts named above get new random weights, and a new tokenizer, instead of being downloaded: tries a
     recipe's memory and speed. Their architectures are those of ``configs/models``."""
 
+    @property
+    def tower(self) -> VisionSource:
+        """`vision` of a model that has one."""
+        assert self.vision is not None
+        return self.vision
+
     @model_validator(mode="after")
     def _one_origin(self) -> ModelConfig:
         if self.random_weights and self.start is not None:
             raise ValueError("'random_weights' makes new parts and 'start' is a saved model; leave out one of them")
-        if self.random_weights and self.vision.resize_mode == "encoder" and self.vision.backend == "transformers":
+        vision = self.vision
+        if self.random_weights and vision and (vision.resize_mode, vision.backend) == ("encoder", "transformers"):
             raise ValueError("'random_weights' does without the encoder's files, and 'resize_mode: encoder' is in them")
         return self
 
@@ -172,8 +187,31 @@ def _as_list(value: Any) -> Any:
 Sources = Annotated[list[SourceConfig], BeforeValidator(_as_sources), Field(min_length=1)]
 
 
+class TextSource(Schema):
+    """Plain text, read by lines: a file, a folder of tables or a hub data set with a column ``text``."""
+
+    path: str = Field(min_length=1)
+    """File or folder, relative to the current folder, or the id of a Hugging Face data set."""
+    split: str | None = None
+    subset: str | None = None
+
+
+TextSources = Annotated[list[TextSource], BeforeValidator(_as_sources), Field(min_length=1)]
+
+
+class TextConfig(Schema):
+    """The text of language stages."""
+
+    train: TextSources
+    validation: TextSources | None = None
+    """For the loss beside training."""
+
+
 class DataConfig(Schema):
     """Where the data is. Paths are relative to the current folder."""
+
+    text: TextConfig | None = None
+    """Plain text for language stages, which read nothing else."""
 
     train: Sources | None = None
     """Instruction data: a path (LLaVA JSON or JSONL, parquet with image, question, answer, ...), a source
@@ -255,7 +293,8 @@ class Recipe(Schema):
             raise ValueError(f"only one stage can upcycle, got {upcycling}")
         if upcycling and self.model.moe is None:
             raise ValueError(f"stage {upcycling[0]!r} upcycles but model.moe is not set")
-        own = self.model.vision.resize_mode
+        self._check_kinds()
+        own = self.model.vision.resize_mode if self.model.vision else None
         if own in ("anyres", "encoder") and any(stage.resize_mode is not None for stage in self.stages):
             raise ValueError(f"with model.vision.resize_mode {own} a stage cannot have a 'resize_mode' of its own")
         if self.data.streaming:
@@ -267,6 +306,30 @@ class Recipe(Schema):
                 f"{cached[0]!r} encodes it once; leave out one of them"
             )
         return self
+
+    @property
+    def is_language(self) -> bool:
+        """Whether it trains a language model alone, on plain text."""
+        return self.stages[0].kind == "language"
+
+    def _check_kinds(self) -> None:
+        if len({stage.kind == "language" for stage in self.stages}) > 1:
+            raise ValueError("language stages stand alone: a recipe has stages of that kind only, or none")
+        if not self.is_language:
+            if self.model.vision is None:
+                raise ValueError("'model.vision' is missing: every kind of stage but language needs a vision tower")
+            if self.data.text is not None or self.model.language.tokenizer == "word_level":
+                raise ValueError("'data.text' and 'tokenizer: word_level' belong to language stages")
+            return
+        if self.model.vision is not None:
+            raise ValueError("a recipe of language stages has no 'model.vision'")
+        if self.data.text is None:
+            raise ValueError("language stages train on plain text: give 'data.text.train'")
+        if self.model.moe is not None and (self.model.language.name or self.model.start):
+            raise ValueError(
+                "'model.moe' makes new sparse layers of a new model; upcycle a saved one first (symphony-vlm upcycle) "
+                "and name its folder in 'model.language.name'"
+            )
 
     def _check_streaming(self) -> None:
         for stage in self.stages:

@@ -24,8 +24,9 @@ class StageConfig(Schema):
     """One stage of training."""
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
-    kind: Literal["contrastive", "text", "multimodal"]
-    """contrastive: the image encoder on captions (CLIP). text: the language model alone. multimodal: the whole."""
+    kind: Literal["contrastive", "text", "multimodal", "language"]
+    """contrastive: the image encoder on captions (CLIP). text: the language model alone. multimodal: the whole.
+    language: a causal LM, dense or with new sparse layers (`model.moe`), on the plain text of `data.text`."""
     data: DataRole | list[DataRole] = "train"
     """Which of the recipe's data, ``train``, ``captions`` or ``prefinetune``, or several mixed."""
     train: dict[str, float] = Field(default_factory=dict)

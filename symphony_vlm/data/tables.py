@@ -9,7 +9,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +43,7 @@ class TableRows:
                 remedy="Rename the columns; images are read from the column image or images.",
             )
         self.fingerprint = fingerprint
+        self._name = name
         self._table = table.with_format("arrow")
 
     def __len__(self) -> int:
@@ -51,6 +52,24 @@ class TableRows:
     def __getitem__(self, index: int) -> dict[str, Any]:
         row: dict[str, Any] = self._table[index].to_pylist()[0]
         return row
+
+    def texts(self, column: str) -> Iterator[str | None]:
+        """A column of text from its first row to its last, much faster than row by row.
+
+        Raises:
+            InputError: no such column, or one of something else.
+        """
+        import pyarrow as pa
+
+        kind = self._table.features.arrow_schema.field(column).type if column in self._table.column_names else None
+        if kind is None or not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+            raise InputError(
+                f"has the columns {', '.join(self._table.column_names)}; a column {column!r} of text is needed",
+                where=self._name,
+                remedy="Rename the column that has the text.",
+            )
+        for rows in self._table.iter(batch_size=1000):
+            yield from rows.column(column).to_pylist()
 
     def label(self, index: int) -> str:
         """How messages name the row."""

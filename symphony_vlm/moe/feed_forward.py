@@ -23,7 +23,7 @@ LAYOUTS: tuple[tuple[tuple[str, ...], str, bool], ...] = (
     (("gate_proj", "up_proj"), "down_proj", True),  # Llama, Mistral, Qwen, Gemma, SmolLM
     (("gate_up_proj",), "down_proj", True),  # Phi-3
     (("fc1",), "fc2", False),  # CLIP and SigLIP in transformers, timm
-    (("c_fc",), "c_proj", False),  # open_clip
+    (("c_fc",), "c_proj", False),  # open_clip, GPTBigCode, GPT-Neo
     (("0",), "2", False),  # the projector: linear, activation, linear
 )
 """Names of the linear layers into and out of the hidden size, and whether half of the first gates the other half."""
@@ -41,6 +41,8 @@ class FeedForward:
     act_fn: nn.Module
     gated: bool
     """Whether the first half of the hidden values, activated, multiplies the second."""
+    dropout: float = 0.0
+    """Of the output, in training."""
 
     @property
     def sizes(self) -> dict[str, Any]:
@@ -53,6 +55,7 @@ class FeedForward:
             "hidden_act": self.act_fn,
             "gated": self.gated,
             "bias": self.down.bias is not None,
+            "dropout": self.dropout,
         }
 
     @property
@@ -85,6 +88,9 @@ def recognise(mlp: nn.Module, where: str) -> FeedForward:
             where="moe.layers",
             remedy=SUPPORTED,
         )
+    # Only GPT's families are known to apply it to the output; on the hidden values an expert could not have it.
+    of_gpt = linear and linear[-1] is children.get("c_proj") and isinstance(children.get("dropout"), nn.Dropout)
+    dropout = children.pop("dropout") if of_gpt else None
     others = [child for child in children.values() if child not in linear and not _does_nothing(child)]
     with_bias = {part.bias is not None for part in linear}
     if len(others) != 1 or any(True for _ in others[0].parameters()) or len(with_bias) > 1:
@@ -94,7 +100,9 @@ def recognise(mlp: nn.Module, where: str) -> FeedForward:
             where="moe.layers",
             remedy=SUPPORTED,
         )
-    return FeedForward(up=tuple(linear[:-1]), down=linear[-1], act_fn=others[0], gated=gated)
+    return FeedForward(
+        up=tuple(linear[:-1]), down=linear[-1], act_fn=others[0], gated=gated, dropout=getattr(dropout, "p", 0.0)
+    )
 
 
 def _linear_parts(children: Mapping[str, nn.Module]) -> tuple[list[nn.Linear], bool]:

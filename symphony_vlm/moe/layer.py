@@ -33,6 +33,7 @@ class SparseMoE(nn.Module):
         gated: see `Experts`.
         bias: see `Experts`.
         shared_expert: a dense layer ``[T, D] -> [T, O]`` that every token also passes.
+        dropout: of the experts' combined output in training, where the dense layer had one.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class SparseMoE(nn.Module):
         gated: bool = True,
         bias: bool = False,
         shared_expert: nn.Module | None = None,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.layer_index = layer_index
@@ -66,6 +68,7 @@ class SparseMoE(nn.Module):
             bias=bias,
             implementation=config.experts_implementation,
         )
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.shared_expert = shared_expert
         self.shared_expert_gate = None if shared_expert is None else nn.Linear(hidden_size, 1, bias=False)
         self.routed: dict[int | str, RouterOutput] | None = None
@@ -78,7 +81,7 @@ class SparseMoE(nn.Module):
         routed = self.router(x_TD)
         if self.routed is not None:
             self.routed[self.key] = routed
-        y_TO = self.experts(x_TD, routed.weights_TK, routed.indices_TK)
+        y_TO = self.dropout(self.experts(x_TD, routed.weights_TK, routed.indices_TK))
         if self.shared_expert is not None and self.shared_expert_gate is not None:
             y_TO = y_TO + self.shared_expert_gate(x_TD).sigmoid() * self.shared_expert(x_TD)
         return y_TO.unflatten(0, hidden_BSD.shape[:-1])

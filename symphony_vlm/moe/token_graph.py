@@ -122,7 +122,8 @@ class TokenGraph(KeepsPrecision):
             shape=(hidden_BSD.shape[0], hidden_BSD.shape[1]),
             attention_mask=kwargs.get("attention_mask"),
             position_ids=kwargs.get("position_ids"),
-            cache=kwargs.get("past_key_values"),
+            # GPTBigCode and GPT-Neo still use the old name.
+            cache=kwargs.get("past_key_values", kwargs.get("layer_past")),
             probabilities_BHSL=output[1] if isinstance(output, tuple) and len(output) > 1 else None,
             documents=kwargs.get("documents"),
             # As the families' attention layers themselves look for it.
@@ -223,7 +224,7 @@ def make_token_graph(config: MoEConfig, hidden_size: int, layer_name: str) -> To
 
 
 def connect_token_graphs(language_model: PreTrainedModel) -> None:
-    """Lets every token graph listen to the attention layer of its decoder layer (``self_attn``), once.
+    """Lets every token graph listen to the attention layer of its decoder layer (``self_attn`` or ``attn``), once.
 
     Attention graphs need probabilities, which PyTorch's fused attention (``sdpa``, the default of transformers) does
     not give out; such a model is switched to ``eager``. Any other implementation is a choice of the user's and stays.
@@ -238,10 +239,10 @@ def connect_token_graphs(language_model: PreTrainedModel) -> None:
     for n, (name, graph) in enumerate(graphs):
         parts = name.split(".")
         parents = (language_model.get_submodule(".".join(parts[:i])) for i in range(len(parts) - 1, -1, -1))
-        attention = next((parent.self_attn for parent in parents if hasattr(parent, "self_attn")), None)
+        attention = next((found for parent in parents if (found := _attention_of(parent)) is not None), None)
         if attention is None:
             raise InputError(
-                f"{graph.layer_name} has no self_attn whose tokens a token graph could listen to",
+                f"{graph.layer_name} has no self_attn (or attn) whose tokens a token graph could listen to",
                 where="moe.token_graph",
                 remedy="Use token_graph: none there.",
             )
@@ -249,6 +250,11 @@ def connect_token_graphs(language_model: PreTrainedModel) -> None:
         attention.register_forward_hook(graph.after_attention, with_kwargs=True)
     for _, graph in graphs:
         show_probabilities_(language_model, graph.config)
+
+
+def _attention_of(layer: nn.Module) -> nn.Module | None:
+    """The attention layer of a decoder layer; GPT's families call it ``attn``."""
+    return getattr(layer, "self_attn", None) or getattr(layer, "attn", None)
 
 
 def show_probabilities_(language_model: PreTrainedModel, config: MoEConfig) -> None:

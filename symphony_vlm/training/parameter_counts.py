@@ -28,7 +28,13 @@ from symphony_vlm.moe.installation import install_moe_
 from symphony_vlm.moe.recording import sparse_layers
 from symphony_vlm.training.contrastive import ContrastiveModel
 from symphony_vlm.training.parts import check_architectures
-from symphony_vlm.training.skeleton import embedding_rows, folder_config, language_config, meta_model
+from symphony_vlm.training.skeleton import (
+    embedding_rows,
+    folder_config,
+    language_config,
+    meta_language_model,
+    meta_model,
+)
 from symphony_vlm.training.trainer import freeze_except
 
 __all__ = ["Count", "RecipeCounts", "StageCount", "count_folder", "count_known", "count_modules", "count_recipe"]
@@ -118,6 +124,8 @@ def count_recipe(recipe: Recipe) -> RecipeCounts:
         InputError: a part's architecture is not known offline, or a stage trains modules that the model has not.
     """
     check_architectures(recipe.model)
+    if recipe.is_language:
+        return _count_language(recipe)
     model = _starting_model(recipe.model)
     stages: list[StageCount] = []
     from_files = recipe.model.start is None and recipe.model.language.name is not None
@@ -136,6 +144,12 @@ def count_recipe(recipe: Recipe) -> RecipeCounts:
             trained = model if stage.lora is None else _adapted(stage, model)
             stages.append(_count_stage(stage, trained, _language_bytes(recipe.model) if from_files else 4))
             from_files = False
+    return RecipeCounts(modules=count_modules(model), stages=stages)
+
+
+def _count_language(recipe: Recipe) -> RecipeCounts:
+    model = meta_language_model(recipe.model)
+    stages = [_count_stage(stage, model, 4, module="language_model") for stage in recipe.stages]
     return RecipeCounts(modules=count_modules(model), stages=stages)
 
 
@@ -188,11 +202,11 @@ def _adapted(stage: StageConfig, model: SymphonyVLMForConditionalGeneration) -> 
 
 
 def _contrastive_model(model: ModelConfig) -> ContrastiveModel:
-    if model.vision.architecture is None:
+    if model.tower.architecture is None:
         raise InputError("a contrastive stage trains a new encoder", where="model.vision.architecture")
     rows = embedding_rows(model, language_config(model))
     with torch.device("meta"):
-        return ContrastiveModel(model.vision.architecture, rows)
+        return ContrastiveModel(model.tower.architecture, rows)
 
 
 def _language_bytes(model: ModelConfig) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,13 @@ __all__ = [
     "check_architectures",
     "check_templates",
     "keep_precision_",
+    "kept_tokenizer",
     "new_augmentation",
     "new_image_processor",
     "new_language_model",
     "open_tokenizer",
+    "pretrained_tokenizer",
+    "set_vocabulary",
 ]
 
 
@@ -49,7 +52,8 @@ def check_architectures(model: ModelConfig) -> None:
     Raises:
         InputError: an unknown key or model type; names the nearest.
     """
-    vision, language = model.vision.architecture, model.language.architecture
+    vision = model.vision.architecture if model.vision else None
+    language = model.language.architecture
     if vision is not None:
         from open_clip import CLIPTextCfg, CLIPVisionCfg
 
@@ -90,24 +94,40 @@ def open_tokenizer(
         corpus: conversations for a new tokenizer.
         stage_templates: further templates whose markers a new tokenizer should hold.
     """
-    from transformers import AutoTokenizer
-
     if model.language.name is not None and not model.random_weights:
-        tokenizer = _from_hub(AutoTokenizer, model.language.name, "model.language.name")
+        tokenizer = pretrained_tokenizer(model)
         ensure_special_tokens(tokenizer)
         return tokenizer
-    if not (folder / "tokenizer.json").is_file():
+
+    def make() -> Any:
         template = get_template("vicuna_v1" if model.template == AUTO else model.template)
         end = template.stop_token or "<|end|>"
         markers = [t for name in (template.name, *stage_templates) for t in get_template(name).special_tokens]
         texts = list(_texts(corpus))
         # With random weights as large as the vocabulary that the pretrained model has room for.
         size = language_config(model).vocab_size
-        tokenizer = train_tokenizer(texts, vocab_size=size, special_tokens=markers, end_token=end)
+        return train_tokenizer(texts, vocab_size=size, special_tokens=markers, end_token=end)
+
+    return kept_tokenizer(folder, make)
+
+
+def pretrained_tokenizer(model: ModelConfig) -> Any:
+    """The tokenizer of ``model.language.name``."""
+    from transformers import AutoTokenizer
+
+    assert model.language.name is not None
+    return _from_hub(AutoTokenizer, model.language.name, "model.language.name")
+
+
+def kept_tokenizer(folder: Path, make: Callable[[], Any]) -> Any:
+    """The tokenizer in a folder; made and put there if there is none yet."""
+    from transformers import AutoTokenizer
+
+    if not (folder / "tokenizer.json").is_file():
         # Saved next to its place and renamed, so that a kill leaves no half of it to be opened by the next start.
         temporary = folder.with_name(f".{folder.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
-        tokenizer.save_pretrained(temporary)
+        make().save_pretrained(temporary)
         temporary.rename(folder)
     return AutoTokenizer.from_pretrained(folder)
 
@@ -138,19 +158,24 @@ def new_language_model(model: ModelConfig, tokenizer: Any, folder: Path | None) 
         language_model = _from_hub(AutoModelForCausalLM, model.language.name, "model.language.name")
     else:
         config = language_config(model)
-        if model.language.architecture is not None:
-            config.vocab_size = len(tokenizer)
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            setattr(config, name, getattr(tokenizer, name))
+        set_vocabulary(config, tokenizer, resize=model.language.architecture is not None)
         language_model = AutoModelForCausalLM.from_config(config)
     if len(tokenizer) > language_model.config.vocab_size:
         language_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     return language_model
 
 
+def set_vocabulary(config: Any, tokenizer: Any, *, resize: bool = True) -> None:
+    """The tokenizer's special tokens in a new model's configuration, and its size if that is not prescribed."""
+    if resize:
+        config.vocab_size = len(tokenizer)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, name, getattr(tokenizer, name))
+
+
 def new_vision_tower(model: ModelConfig, encoder: Path | None) -> VisionTower:
     """The vision tower: from the encoder stage's folder, pretrained, or new."""
-    vision, choose = model.vision, vision_settings(model)
+    vision, choose = model.tower, vision_settings(model)
     if encoder is not None:
         return load_vision_tower("open_clip", str(encoder), **choose)
     if vision.name is not None and not model.random_weights:
@@ -165,7 +190,7 @@ def new_image_processor(model: ModelConfig, tower: VisionConfig | None = None) -
 
     A new encoder is trained on whole images at one scale, however the model will look at them later.
     """
-    vision = model.vision
+    vision = model.tower
     if tower is not None:
         return SymphonyImageProcessor(
             tower.input_size,

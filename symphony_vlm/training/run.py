@@ -93,6 +93,7 @@ def open_run(recipe: Recipe, output: Path, state: RunState, console: Console) ->
     from symphony_vlm.training.fitting import RunContext
     from symphony_vlm.training.parts import check_architectures, check_templates, new_augmentation, open_tokenizer
     from symphony_vlm.training.reporting import check_reporters
+    from symphony_vlm.training.text_data import open_text_tokenizer
 
     check_reporters(recipe.monitor)
     check_architectures(recipe.model)
@@ -101,11 +102,15 @@ def open_run(recipe: Recipe, output: Path, state: RunState, console: Console) ->
     data = open_run_data(recipe, output, partial(console.print, markup=False))
     templates = {stage.template for stage in recipe.stages if stage.template is not None}
     state.check_data(data.fingerprints)
-    tokenizer = _tokenizer_of(recipe.model.start) or open_tokenizer(
-        recipe.model, output / "tokenizer", data.train.values(), sorted(templates)
-    )
-    # A saved model brings its own template with it.
-    check_templates(sorted(templates | ({recipe.model.template} if recipe.model.start is None else set())), tokenizer)
+    tokenizer = _tokenizer_of(recipe.model.start)
+    if tokenizer is None and data.text is not None:
+        tokenizer = open_text_tokenizer(recipe.model, output / "tokenizer", data.text)
+    elif tokenizer is None:
+        tokenizer = open_tokenizer(recipe.model, output / "tokenizer", data.train.values(), sorted(templates))
+    if data.text is None:
+        # A saved model brings its own template with it.
+        own = {recipe.model.template} if recipe.model.start is None else set()
+        check_templates(sorted(templates | own), tokenizer)
     write_json(
         output / "provenance.json",
         provenance(

@@ -23,6 +23,7 @@ from symphony_vlm.data.turns import IMAGE_MARKER
 from symphony_vlm.errors import InputError
 from symphony_vlm.files import write_text
 from symphony_vlm.training.sources import NamedSource, listed_records, used_sources
+from symphony_vlm.training.text_data import TextData, open_text_data
 
 __all__ = ["RunData", "open_run_data"]
 
@@ -45,6 +46,8 @@ class RunData:
     weight, and training records per epoch; of a stream, which nobody has counted, its probability."""
     streams: dict[str, RecordStream] = field(default_factory=dict)
     """By role, when streaming."""
+    text: TextData | None = None
+    """Of language stages, which have nothing else."""
 
     def get(self, stage: StageConfig) -> tuple[SampleList, SampleList]:
         """(training, validation) samples for a stage."""
@@ -68,6 +71,9 @@ def open_run_data(recipe: Recipe, output: Path, report: Report) -> RunData:
     Raises:
         InputError: a stage's data is not set, or a file or record cannot be used.
     """
+    if recipe.is_language:
+        text = open_text_data(recipe, report)
+        return RunData(train={}, validation={}, fingerprints=text.fingerprints, counts={}, text=text)
     sources = used_sources(recipe, output, report)
     left_out = listed_records(recipe, sources)
     if recipe.data.streaming:

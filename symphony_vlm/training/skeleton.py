@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from symphony_vlm.config.models import known_model
 from symphony_vlm.config.recipe import ModelConfig
@@ -14,10 +14,21 @@ from symphony_vlm.data.tokenizer import ensure_special_tokens
 from symphony_vlm.errors import InputError
 from symphony_vlm.model.anyres import llava_next_pinpoints
 from symphony_vlm.model.configuration import SymphonyVLMConfig
+from symphony_vlm.model.loading import resolve_model_folder
 from symphony_vlm.model.vision import VisionConfig, open_clip_architecture
 from symphony_vlm.model.vlm import SymphonyVLMForConditionalGeneration
+from symphony_vlm.moe.configuration import MoEConfig
+from symphony_vlm.moe.installation import language_model_config
 
-__all__ = ["embedding_rows", "folder_config", "language_config", "meta_model", "vision_config", "vision_settings"]
+__all__ = [
+    "embedding_rows",
+    "folder_config",
+    "language_config",
+    "meta_language_model",
+    "meta_model",
+    "vision_config",
+    "vision_settings",
+]
 
 LANGUAGE, VISION = "model.language.name", "model.vision.name"
 
@@ -30,7 +41,7 @@ def meta_model(model: ModelConfig) -> SymphonyVLMForConditionalGeneration:
     """
     text_config = language_config(model)
     text_config.vocab_size = embedding_rows(model, text_config)
-    vision, tower = model.vision, vision_config(model)
+    vision, tower = model.tower, vision_config(model)
     tiles = vision.grid_pinpoints or llava_next_pinpoints(tower.image_size)
     config = SymphonyVLMConfig(
         vision_config=tower.to_dict(),
@@ -42,9 +53,23 @@ def meta_model(model: ModelConfig) -> SymphonyVLMForConditionalGeneration:
         return SymphonyVLMForConditionalGeneration(config)
 
 
+def meta_language_model(model: ModelConfig) -> PreTrainedModel:
+    """The causal LM of a language stage, dense or sparse, on the meta device.
+
+    Raises:
+        InputError: as `meta_model`.
+    """
+    config = folder_config(resolve_model_folder(model.start), "model.start") if model.start else language_config(model)
+    if model.moe is not None:
+        config = language_model_config(config, MoEConfig.from_dict(model.moe))
+    with torch.device("meta"):
+        result: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return result
+
+
 def vision_settings(model: ModelConfig) -> dict[str, Any]:
     """What a recipe chooses about any tower."""
-    vision = model.vision
+    vision = model.tower
     return {
         "feature_layer": vision.feature_layer,
         "feature_select": vision.feature_select,
@@ -58,7 +83,7 @@ def vision_config(model: ModelConfig) -> VisionConfig:
     Raises:
         InputError: it is in none of them.
     """
-    vision, choose = model.vision, vision_settings(model)
+    vision, choose = model.tower, vision_settings(model)
     if vision.architecture is not None or vision.backend == "open_clip":
         arch = vision.architecture or _open_clip(vision.name or "")
         size = arch["vision_cfg"]["image_size"]

@@ -35,6 +35,7 @@ from symphony_vlm.training.contrastive import CaptionCollator, ContrastiveModel,
 from symphony_vlm.training.engine import with_accumulation
 from symphony_vlm.training.features import CachedFeatures, fill_feature_cache
 from symphony_vlm.training.fitting import RunContext, fit, make_trainer, replace_folder
+from symphony_vlm.training.language import run_language
 from symphony_vlm.training.parts import (
     assemble,
     keep_precision_,
@@ -59,6 +60,7 @@ def run_stage(stage: StageConfig, context: RunContext) -> None:
         "contrastive": _run_contrastive,
         "text": _run_text,
         "multimodal": _run_multimodal,
+        "language": run_language,
     }
     kinds[stage.kind](with_accumulation(stage, PartialState().num_processes), context)
 
@@ -68,7 +70,7 @@ def _run_contrastive(stage: StageConfig, context: RunContext) -> None:
     train, validation = everything.with_images(), held_out.with_images()
     if len(train) < len(everything):
         context.console.print(f"{stage.name}: {len(everything) - len(train)} records without an image left out")
-    architecture = context.recipe.model.vision.architecture
+    architecture = context.recipe.model.tower.architecture
     if architecture is None:
         raise InputError(
             "a contrastive stage trains a new encoder", where=stage.name, remedy="Set vision.architecture."

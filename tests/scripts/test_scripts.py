@@ -33,6 +33,7 @@ TWINS = {
     "train.instruct": "train",
     "train.language_model": "train",
     "eval.benchmark": "eval",
+    "eval.perplexity": "perplexity",
     "eval.report": "report",
 }
 

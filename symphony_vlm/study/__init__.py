@@ -1,0 +1,1 @@
+"""Studies: arms times seeds times texts, one command, resumable, with the statistics that a claim needs."""
