@@ -174,7 +174,8 @@ def _write(path: Path, items: Sequence[str], arrays: Arrays) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-        save_file(contiguous, temporary, metadata={"items": json.dumps(list(items)), "version": "1"})
+        # One entry: safetensors writes several in an order that changes from file to file.
+        save_file(contiguous, temporary, metadata={"items": json.dumps(list(items))})
         sync_file(temporary)
         temporary.replace(path)
     except OSError:
