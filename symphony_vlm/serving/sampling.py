@@ -29,18 +29,18 @@ class Sampling:
 
     @classmethod
     def read(cls, max_new_tokens: Any, temperature: Any, top_p: Any, seed: Any) -> Sampling:
-        """From what a browser sent, which may be anything.
+        """From what a browser sent, which may be anything; a seed of -1 is none.
 
         Raises:
             InputError: a value is no number, or out of its range.
         """
         length = _number(max_new_tokens, "longest answer", 1, MAX_NEW_TOKENS)
-        drawn_from = None if seed is None or seed == "" else int(_number(seed, "seed", 0, MAX_SEED))
+        drawn_from = int(_number(-1 if seed is None else seed, "seed", -1, MAX_SEED))
         share = _number(top_p, "top-p", 0, 1)
         if share == 0:
             raise InputError("0 must be above 0", where="top-p")
         heat = _number(temperature, "temperature", 0, MAX_TEMPERATURE)
-        return cls(max_new_tokens=int(length), temperature=heat, top_p=share, seed=drawn_from)
+        return cls(max_new_tokens=int(length), temperature=heat, top_p=share, seed=None if drawn_from < 0 else drawn_from)
 
     def arguments(self) -> dict[str, Any]:
         """For `ChatSession.stream`; a seed is set here and now, so begin the answer next."""

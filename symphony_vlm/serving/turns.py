@@ -13,7 +13,7 @@ from symphony_vlm.errors import InputError
 from symphony_vlm.serving.chat import ChatSession
 from symphony_vlm.serving.faults import fault_text
 from symphony_vlm.serving.sampling import Sampling
-from symphony_vlm.serving.uploads import Upload, read_uploads
+from symphony_vlm.serving.uploads import MAX_PICTURES, Upload, read_uploads
 from symphony_vlm.serving.visitor import Exchange, Shown, Visitor, notice, said
 
 if TYPE_CHECKING:
@@ -21,11 +21,10 @@ if TYPE_CHECKING:
 
     from symphony_vlm.model.vlm import SymphonyVLMForConditionalGeneration
 
-__all__ = ["MAX_LETTERS", "MAX_PICTURES", "WAITING", "ask_models", "read_question"]
+__all__ = ["MAX_LETTERS", "WAITING", "ask_models", "read_question"]
 
 MAX_LETTERS = 20_000
 """Of a question: more than most models have positions for, and tokenised in no time."""
-MAX_PICTURES = 8
 
 WAITING = "…"
 """Stands in the answer's place until its first word."""

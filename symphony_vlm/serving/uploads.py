@@ -15,6 +15,7 @@ from symphony_vlm.data.sample import ImageRef
 from symphony_vlm.errors import InputError
 
 __all__ = [
+    "MAX_PICTURES",
     "MAX_UPLOAD_BYTES",
     "MAX_UPLOAD_PIXELS",
     "Upload",
@@ -24,6 +25,8 @@ __all__ = [
     "read_uploads",
 ]
 
+MAX_PICTURES = 8
+"""Of one question."""
 MAX_UPLOAD_BYTES = 10 * 2**20
 MAX_UPLOAD_PIXELS = 50_000_000
 """More than telephones take; decoded, about 150 MB."""

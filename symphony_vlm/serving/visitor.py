@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from symphony_vlm.serving.uploads import Upload
@@ -32,29 +32,34 @@ class Exchange:
     """By model: whether its session remembers the question."""
 
 
-@dataclass(kw_only=True)
 class Visitor:
-    """One open page. gradio copies the empty one for each page; events change their page's in place."""
+    """One open page. gradio copies the empty one for each page; events change their page's in place.
 
-    num_models: int
-    sessions: list[ChatSession | None] = field(default_factory=list)
-    """By model: what it remembers; None before the first question."""
-    exchanges: list[Exchange] = field(default_factory=list)
-    conversation: int = 0
-    """Counts new chats, so that an answer still on its way notices that nobody waits for it."""
-    idle: threading.Event = field(default_factory=threading.Event)
-    """Set while no answer is being written."""
-    stopping: threading.Event = field(default_factory=threading.Event)
-    """Set when the answers of this question are to end."""
-    view: tuple[int, RoutingView] | None = None
-    """The model and the routing of its conversation, until something is said."""
+    No dataclass: of these gradio makes dictionaries.
 
-    def __post_init__(self) -> None:
+    Attributes:
+        sessions: by model, what it remembers; None before the first question.
+        exchanges: the questions so far.
+        conversation: counts new chats, so that an answer still on its way notices that nobody waits for it.
+        idle: set while no answer is being written.
+        stopping: set when the answers to this question are to end.
+        view: the number of a model and the routing of its conversation, until something is said.
+    """
+
+    sessions: list[ChatSession | None]
+    exchanges: list[Exchange]
+    view: tuple[int, RoutingView] | None
+
+    def __init__(self, num_models: int) -> None:
+        self.num_models = num_models
+        self.conversation = 0
+        self.idle = threading.Event()
         self.idle.set()
+        self.stopping = threading.Event()
         self.clear()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Visitor:
-        return Visitor(num_models=self.num_models)
+        return Visitor(self.num_models)
 
     def clear(self) -> None:
         """Forgets everything that was said."""
@@ -96,8 +101,8 @@ class Visitor:
         return gone
 
     def last_with_picture(self) -> Exchange | None:
-        """The last question that came with a picture."""
-        return next((exchange for exchange in reversed(self.exchanges) if exchange.uploads), None)
+        """The last question about a picture of its own."""
+        return next((exchange for exchange in reversed(self.exchanges) if exchange.uploads and exchange.text), None)
 
 
 def said(role: str, text: str) -> Shown:
