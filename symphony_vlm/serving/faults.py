@@ -1,4 +1,4 @@
-"""What a visitor is told when something of ours goes wrong; the whole of it goes to the log, under a short reference."""
+"""What a visitor is told when something of ours goes wrong; the log has all of it, under a short reference."""
 
 from __future__ import annotations
 

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 from symphony_vlm.serving.corruption_panel import SEVERITIES, corruption_choices
 from symphony_vlm.serving.events import PageEvents
 from symphony_vlm.serving.examples import Example
-from symphony_vlm.serving.page_style import AFTER_ANSWER, PLACEHOLDER, header, router_text
+from symphony_vlm.serving.page_style import (
+    AFTER_ANSWER,
+    PLACEHOLDER,
+    SECOND_PLACEHOLDER,
+    header,
+    lane_title,
+    router_text,
+)
 from symphony_vlm.serving.routing_panel import layer_choices
 from symphony_vlm.serving.sampling import MAX_NEW_TOKENS, MAX_TEMPERATURE
 from symphony_vlm.serving.visitor import Visitor
@@ -101,15 +108,16 @@ class Page:
 
     def _chat(self, number: int) -> Any:
         several = len(self._models) > 1
-        label = f"{self._titles[number]} · {router_text(self._models[number])}" if several else "Conversation"
+        title = self._titles[number]
         with self._gr.Column(elem_classes="lane", min_width=300):
             if several:
-                self._gr.HTML(lane_title(label), padding=False, elem_classes="lane-title")
+                head = lane_title(title, router_text(self._models[number]))
+                self._gr.HTML(head, padding=False, elem_classes="lane-title")
             return self._gr.Chatbot(
                 elem_id="chat" if number == 0 else f"chat_{number + 1}",
                 elem_classes="chat",
                 show_label=False,
-                label=label,
+                label=title if several else "Conversation",
                 scale=1,
                 height=None,
                 min_height=120 if several else 240,
@@ -121,8 +129,10 @@ class Page:
                 allow_tags=False,
                 allow_file_downloads=False,
                 feedback_options=None,
-                placeholder=PLACEHOLDER if number == 0 else None,
-                examples=[{"text": e.question, "icon": str(e.picture)} for e in self._examples] if number == 0 else None,
+                placeholder=PLACEHOLDER if number == 0 else SECOND_PLACEHOLDER,
+                examples=[{"text": e.question, "icon": str(e.picture)} for e in self._examples]
+                if number == 0
+                else None,
             )
 
     def _lay_out_corruption(self) -> None:
@@ -138,7 +148,7 @@ class Page:
         with gr.Row(elem_id="both", visible=False) as self._both:
             columns = []
             for name, label in (("clean", "Clean"), ("corrupted", "Corrupted")):
-                with gr.Column(elem_classes="half", min_width=260):
+                with gr.Column(elem_classes="half", min_width=140):
                     picture = gr.Image(
                         label=label, elem_id=f"{name}_picture", interactive=False, buttons=[], format="webp", height=260
                     )
@@ -219,13 +229,6 @@ class Page:
 MODEL_QUEUE: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "minimal"}
 """One model at a time: whatever runs one waits in one line."""
 AT_ONCE: dict[str, Any] = {"concurrency_id": "at_once", "concurrency_limit": None, "show_progress": "hidden"}
-
-
-def lane_title(label: str) -> str:
-    """What stands over one of several conversations."""
-    import html
-
-    return f"<h2>{html.escape(label)}</h2>"
 
 
 def _takes(event_class: type, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -164,9 +164,13 @@ def _word_html(word: Word, layer: LayerRouting) -> str:
     shares_E = layer.shares(range(word.start, word.stop))
     expert = int(shares_E.argmax())
     blank = word.text[: len(word.text) - len(word.text.lstrip())]
+    # A line feed alone, as behind a picture, would be an empty box.
+    shown = html.escape(word.text.strip()) or "↵"
+    blank = "" if not word.text.strip() else html.escape(blank)
     return (
-        f'{html.escape(blank)}<span style="--expert:{expert_color(expert)}" title="{_share_text(shares_E)}">'
-        f"{html.escape(word.text.strip()) or '␣'}<sub>{expert}</sub></span>"
+        f'{blank}<span style="--expert:{expert_color(expert)}" title="{_share_text(shares_E)}">'
+        # Joined, so that no line ends between a word and its number.
+        f"{shown}&#8288;<sub>{expert}</sub></span>"
     )
 
 

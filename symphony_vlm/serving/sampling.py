@@ -40,7 +40,9 @@ class Sampling:
         if share == 0:
             raise InputError("0 must be above 0", where="top-p")
         heat = _number(temperature, "temperature", 0, MAX_TEMPERATURE)
-        return cls(max_new_tokens=int(length), temperature=heat, top_p=share, seed=None if drawn_from < 0 else drawn_from)
+        return cls(
+            max_new_tokens=int(length), temperature=heat, top_p=share, seed=None if drawn_from < 0 else drawn_from
+        )
 
     def arguments(self) -> dict[str, Any]:
         """For `ChatSession.stream`; a seed is set here and now, so begin the answer next."""

@@ -127,4 +127,3 @@ def _write(session: ChatSession, text: str, pictures: Sequence[Image.Image], sam
     finally:
         # Pictures of a turn that failed must not slip into the next question.
         session.drop_images()
-

@@ -61,7 +61,7 @@ def test_words_are_escaped_and_coloured() -> None:
     view = RoutingView(layers=(), pictures=(), words=words)
     page = figures.words_html(view, layer_of([0, 1, 1, 2]))
     assert "<b>&" not in page
-    assert "&lt;b&gt;&amp;<sub>1</sub>" in page
+    assert "&lt;b&gt;&amp;&#8288;<sub>1</sub>" in page
     colours = re.findall(r"--expert:(#\w+)", page)
     assert colours == [figures.expert_color(e) for e in (0, 1, 2)]
     assert page.count("<p class=") == 2
