@@ -18,7 +18,7 @@ from symphony_vlm.serving.faults import fault_text
 from symphony_vlm.serving.routing_panel import routing_html
 from symphony_vlm.serving.sampling import Sampling
 from symphony_vlm.serving.turns import add_fault, ask_models, read_question
-from symphony_vlm.serving.uploads import Upload
+from symphony_vlm.serving.uploads import Upload, restore_upload
 from symphony_vlm.serving.visitor import Exchange, Visitor
 
 if TYPE_CHECKING:
@@ -80,29 +80,20 @@ class PageEvents:
 
         return retry
 
-    def edit(self, model: int) -> Callable[..., Iterator[Update]]:
-        """For one model's chat: asks a question in other words, with its pictures, and forgets what came after it."""
-
-        def edit(
-            max_new_tokens: Any, temperature: Any, top_p: Any, seed: Any, visitor: Visitor, event: Any
-        ) -> Iterator[Update]:
-            if (number := visitor.exchange_at(model, _index(event))) is not None:
-                old = visitor.rewind(number)
-                # What was edited are the letters as the page shows them.
-                text = html.unescape(str(event.value)).strip()
-                yield from self._turn(text, old.uploads, (max_new_tokens, temperature, top_p, seed), visitor)
-
-        return edit
-
     def undo(self, model: int) -> Callable[..., Update]:
-        """For one model's chat: forgets a question and what came after it, and puts its words into the box."""
+        """For one model's chat: takes a question back into the box, words and pictures, to be changed and asked again.
+
+        What came after it is forgotten. The component's own editing of messages fails on questions with pictures.
+        """
 
         def undo(visitor: Visitor, event: Any) -> Update:
             number = visitor.exchange_at(model, _index(event))
             if number is None:
                 return self._current(visitor, self._gr.skip())
-            text = visitor.rewind(number).text
-            return self._current(visitor, self._open_box(value={"text": text, "files": []}))
+            taken = visitor.rewind(number)
+            files = [restore_upload(upload, self._uploads) for upload in taken.uploads]
+            value = {"text": taken.text, "files": [str(file) for file in files]}
+            return self._current(visitor, self._open_box(value=value))
 
         return undo
 
@@ -186,10 +177,6 @@ class PageEvents:
     def redraw_routing(self, model: Any, layer: Any, visitor: Visitor) -> Any:
         """The same of another layer, without running the model."""
         return self._routing(model, layer, visitor, compute=False)
-
-    def forget_routing(self) -> str:
-        """An empty tab."""
-        return ""
 
     def _routing(self, model: Any, layer: Any, visitor: Visitor, *, compute: bool) -> Any:
         number = model if model in range(len(self._models)) else 0

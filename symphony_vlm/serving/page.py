@@ -122,7 +122,6 @@ class Page:
                 height=None,
                 min_height=120 if several else 240,
                 buttons=["copy"],
-                editable="user",
                 # With `said`, letter by letter: neither a question nor an answer can style, or load, anything.
                 render_markdown=False,
                 latex_delimiters=[],
@@ -184,11 +183,7 @@ class Page:
         hidden: dict[str, Any] = {"api_visibility": "private", **MODEL_QUEUE}
         for number, chat in enumerate(self._chats):
             retry = _takes(gr.RetryData, events.retry(number))
-            edit = _takes(gr.EditData, events.edit(number))
-            asked += [
-                chat.retry(retry, self._settings, outputs, **hidden),
-                chat.edit(edit, self._settings, outputs, **hidden),
-            ]
+            asked.append(chat.retry(retry, self._settings, outputs, **hidden))
             undo = _takes(gr.UndoData, events.undo(number))
             chat.undo(undo, [self._visitor], outputs, **hidden)
         example = _takes(gr.SelectData, events.ask_example)
@@ -198,14 +193,14 @@ class Page:
         # These must not wait behind the answer that they end.
         self._box.stop(events.stop, [self._visitor], None, api_visibility="private", **AT_ONCE)
         ending: dict[str, Any] = {**AT_ONCE, "cancels": asked}
-        cleared = [
+        self._cleared = [
             self._new.click(events.start_over, [self._visitor], outputs, api_name="new_chat", **ending),
             *(
                 chat.clear(events.start_over, [self._visitor], outputs, api_visibility="private", **ending)
                 for chat in self._chats
             ),
         ]
-        for event in cleared:
+        for event in self._cleared:
             # The browser reads every event's updates in a loop of its own: what the ended answer wrote last may be
             # drawn after the page was cleared.
             event.then(events.current, [self._visitor], outputs, api_visibility="private", **AT_ONCE)
@@ -214,8 +209,7 @@ class Page:
         events = self._events
         comparison = [self._corruption_controls, self._both, self._asked, *self._columns]
         hidden: dict[str, Any] = {"api_visibility": "private"}
-        for event in (self._corruption_tab.select, self._new.click):
-            event(events.show_corruption, [self._visitor], comparison, **hidden, **AT_ONCE)
+        self._corruption_tab.select(events.show_corruption, [self._visitor], comparison, **hidden, **AT_ONCE)
         inputs = [self._corruption, self._severity, *self._settings]
         answers = [self._compare, *self._columns]
         self._compare.click(events.compare, inputs, answers, api_name="corrupt", **MODEL_QUEUE)
@@ -223,7 +217,9 @@ class Page:
         for event in (self._routing_tab.select, self._model_choice.input):
             event(events.show_routing, choice, [self._routing], **hidden, **MODEL_QUEUE)
         self._layer.input(events.redraw_routing, choice, [self._routing], **hidden, **AT_ONCE)
-        self._new.click(events.forget_routing, None, [self._routing], **hidden, **AT_ONCE)
+        for event in self._cleared:
+            event.then(events.show_corruption, [self._visitor], comparison, **hidden, **AT_ONCE)
+            event.then(events.redraw_routing, choice, [self._routing], **hidden, **AT_ONCE)
 
 
 MODEL_QUEUE: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "minimal"}

@@ -41,7 +41,7 @@ class BodyLimit:
             await _refuse(send)
             return
         received = 0
-        begun = False
+        begun = refused = False
 
         async def counted() -> Message:
             nonlocal received
@@ -51,16 +51,21 @@ class BodyLimit:
                 raise _TooLargeError
             return message
 
-        async def noted(message: Message) -> None:
-            nonlocal begun
+        async def replaced(message: Message) -> None:
+            # The application may catch the exception, and answers something else then.
+            nonlocal begun, refused
+            if received > limit and not begun:
+                if not refused:
+                    refused = True
+                    await _refuse(send)
+                return
             begun = True
             await send(message)
 
         try:
-            await self._app(scope, counted, noted)
+            await self._app(scope, counted, replaced)
         except _TooLargeError:
-            if not begun:
-                await _refuse(send)
+            await replaced({"type": "http.response.start"})
 
 
 class _TooLargeError(Exception):

@@ -48,7 +48,8 @@ def read_question(
         text = f"{text[:200]}…"
     elif len(files) > MAX_PICTURES:
         fault = InputError(f"{len(files)} pictures; the limit is {MAX_PICTURES}", where="chat", remedy="Attach fewer.")
-    uploads, pictures = [], []
+    uploads: list[Upload] = []
+    pictures: list[Image.Image] = []
     if fault is None:
         uploads, pictures, fault = read_uploads(files)
     message = said("user", text)

@@ -23,6 +23,7 @@ __all__ = [
     "open_upload",
     "private_upload_folder",
     "read_uploads",
+    "restore_upload",
 ]
 
 MAX_PICTURES = 8
@@ -62,6 +63,13 @@ def open_upload(upload: Upload) -> Image.Image:
     """
     # As bytes, so that messages name the upload and not where the server put it.
     return load_image(ImageRef(data=upload.data, name=upload.name), max_pixels=MAX_UPLOAD_PIXELS)
+
+
+def restore_upload(upload: Upload, folder: Path) -> Path:
+    """Writes an upload into the folder of uploads again, for a question that is to be changed."""
+    place = Path(tempfile.mkdtemp(dir=folder)) / Path(upload.name).name
+    place.write_bytes(upload.data)
+    return place
 
 
 def _read(file: Path) -> Upload:

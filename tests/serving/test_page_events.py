@@ -1,4 +1,4 @@
-"""What the page's clicks do: asking again, editing, undoing, two models, corruption, routing; without a browser."""
+"""What the page's clicks do: asking again, taking back, two models, corruption, routing; without a browser."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def texts(shown: list[dict[str, Any]]) -> list[str]:
     return ["".join(part["text"] for part in message["content"] if "text" in part) for message in shown]
 
 
-def clicked(index: int, value: str = "") -> Any:
-    return SimpleNamespace(index=index, value=value)
+def clicked(index: Any) -> Any:
+    return SimpleNamespace(index=index)
 
 
 def test_retry_asks_the_same_again_with_its_pictures_and_forgets_the_rest(events: PageEvents, picture: Path) -> None:
@@ -120,28 +120,26 @@ def test_lack_of_memory_is_reported_and_the_next_question_works(
     assert "metadata" not in visitor.shown(0)[-1]
 
 
-def test_editing_changes_the_words_and_keeps_the_picture(events: PageEvents, picture: Path) -> None:
-    visitor, fresh = Visitor(1), Visitor(1)
-    ask(events, visitor, "One?", picture)
-    ask(events, visitor, "Two?")
-    # The browser edits what it shows, where a "<" is "&lt;".
-    *_, last = events.edit(0)(*SETTINGS, visitor, clicked(0, "Is 1 &lt; 2 &amp; <image>?"))
-    ask(events, fresh, "Is 1 < 2 & <image>?", picture)
-    assert texts(last[0]) == texts(fresh.shown(0))
-    assert texts(last[0])[0] == "Is 1 &lt; 2 &amp; &lt;image&gt;?"
-
-
-def test_undo_puts_the_words_back_into_the_box(events: PageEvents, picture: Path) -> None:
+def test_undo_takes_words_and_pictures_back_into_the_box(events: PageEvents, picture: Path) -> None:
     visitor = Visitor(1)
-    ask(events, visitor, "One?", picture)
+    ask(events, visitor, "One?")
     before = visitor.shown(0)
-    ask(events, visitor, "Two <b>?")
+    ask(events, visitor, "Two <b>?", picture, picture)
+    asked = visitor.shown(0)
+    ask(events, visitor, "Three?")
     shown, box = events.undo(0)(visitor, clicked(2))
     assert shown == before
-    assert box["value"] == {"text": "Two <b>?", "files": []}
+    assert box["value"]["text"] == "Two <b>?"
     session = visitor.sessions[0]
     assert session is not None
     assert len(session.history) == 2
+    assert session.image_features == ()
+    files = [Path(file) for file in box["value"]["files"]]
+    assert [file.name for file in files] == [picture.name] * 2
+    assert [file.read_bytes() for file in files] == [picture.read_bytes()] * 2
+    # Asked again, it is the same question.
+    shown, _ = ask(events, visitor, "Two <b>?", *files)
+    assert texts(shown) == texts(asked)
 
 
 @pytest.mark.parametrize("index", [99, -1, "x", None, [], 1.5])
@@ -150,7 +148,6 @@ def test_a_message_that_does_not_exist_changes_nothing(events: PageEvents, index
     ask(events, visitor, "One?")
     before = visitor.shown(0)
     list(events.retry(0)(*SETTINGS, visitor, clicked(index)))
-    list(events.edit(0)(*SETTINGS, visitor, clicked(index, "no")))
     events.undo(0)(visitor, clicked(index))
     assert visitor.shown(0) == before
 
