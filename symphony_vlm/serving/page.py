@@ -99,9 +99,7 @@ class Page:
             temperature = gr.Slider(
                 0.0, MAX_TEMPERATURE, value=0.0, step=0.1, label="Temperature", info="0: always the likeliest answer."
             )
-            top_p = gr.Slider(
-                0.05, 1.0, value=1.0, step=0.05, label="Top-p", info="Draws among the likeliest words only."
-            )
+            top_p = gr.Slider(0.05, 1.0, value=1.0, step=0.05, label="Top-p", info="Only likely words.")
             # No bounds here: `Sampling.read` has messages that a visitor can act on.
             seed = gr.Number(value=-1, label="Seed", info="-1: a new one each time.")
         self._settings = [length, temperature, top_p, seed, self._visitor]

@@ -215,6 +215,13 @@ def test_title(name: str, title: str, tmp_path: Path, monkeypatch: pytest.Monkey
     assert page_style.page_title(name) == title
 
 
+def test_a_second_model_is_opened_and_named(tiny_model_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no config.json"):
+        gradio_app.build_app(str(tiny_model_folder), str(tmp_path))
+    app = gradio_app.build_app(str(tiny_model_folder), str(tiny_model_folder))
+    assert app.title == "tiny (A) and tiny (B) · symphony_vlm"
+
+
 def test_import_is_cheap() -> None:
     code = "import sys, symphony_vlm.serving.gradio_app; print({'gradio', 'torch'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
