@@ -42,6 +42,7 @@ def chat(
 @app.command()
 def demo(
     model: Annotated[str, typer.Option(help="Folder of a model or of a finished run, or a hub name.")],
+    compare: Annotated[Optional[str], typer.Option(help="A second model, which answers beside the first.")] = None,  # noqa: UP045
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 7860,
     device: Device = None,
@@ -54,7 +55,7 @@ def demo(
     """
     from symphony_vlm.serving.gradio_app import launch
 
-    launch(model, host=host, port=port, device=device, dtype=dtype, quantization=quantize)
+    launch(model, compare, host=host, port=port, device=device, dtype=dtype, quantization=quantize)
 
 
 @app.command()

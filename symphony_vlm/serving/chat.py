@@ -101,6 +101,11 @@ class ChatSession:
         return (*self._system, *self._turns)
 
     @property
+    def image_features(self) -> tuple[Tensor, ...]:
+        """What the model was given of the pictures in the history, in their order, ``[n, D]`` each."""
+        return tuple(self._encode(picture) for picture in self._pictures)
+
+    @property
     def num_pending_images(self) -> int:
         """How many pictures wait for the next question."""
         return len(self._pending)
@@ -153,6 +158,20 @@ class ChatSession:
         self.routing = None
         if self._prefix is not None:
             self._prefix.clear()
+
+    def rewind(self, num_questions: int) -> None:
+        """Forgets every question, with its pictures and its answer, after the first few; a retry asks it again.
+
+        Args:
+            num_questions: how many stay.
+
+        Raises:
+            InputError: an answer is being generated.
+        """
+        self._require_idle()
+        self._turns = self._turns[: 2 * num_questions]
+        pictures = [part for message in self._turns for part in message.parts if isinstance(part, ImagePart)]
+        self._pictures = self._pictures[: len(pictures)]
 
     def ask(self, text: str, *, max_new_tokens: int = 128, temperature: float = 0.0, **generation: Any) -> str:
         """The whole answer to a question; arguments and errors as in `stream`."""

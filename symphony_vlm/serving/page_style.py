@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from symphony_vlm.model.vlm import SymphonyVLMForConditionalGeneration
 
-__all__ = ["header", "page_title", "router_text", "stylesheet", "theme"]
+__all__ = [
+    "AFTER_ANSWER",
+    "PLACEHOLDER",
+    "SECOND_PLACEHOLDER",
+    "header",
+    "lane_title",
+    "page_title",
+    "router_text",
+    "stylesheet",
+    "theme",
+]
 
 _LOGO = (
     '<svg class="logo" viewBox="0 0 40 40" aria-hidden="true"><rect width="40" height="40" rx="10"/>'
@@ -51,6 +61,11 @@ def header(title: str, router: str) -> str:
     )
 
 
+def lane_title(title: str, router: str) -> str:
+    """What stands over one of several conversations."""
+    return f'<h2>{html.escape(title)}<span class="chip" title="Router">{html.escape(router)}</span></h2>'
+
+
 def theme(gr: Any) -> Any:
     """Colours and fonts, for the imported gradio."""
     # Fonts of the visitor's own system: the page works without the internet, and tells no font server about visits.
@@ -60,3 +75,21 @@ def theme(gr: Any) -> Any:
         font=["system-ui", "-apple-system", "Segoe UI", "sans-serif"],
         font_mono=["ui-monospace", "Consolas", "monospace"],
     )
+
+
+PLACEHOLDER = (
+    '<div class="empty"><h2>Ask about a picture</h2>'
+    "<p>Attach one with the paper clip below, or try an example.</p></div>"
+)
+
+SECOND_PLACEHOLDER = '<div class="empty"><p>The second model answers here.</p></div>'
+
+# gradio scrolls before the last line has its final height, and a disabled box loses the cursor.
+AFTER_ANSWER = """() => setTimeout(() => {
+  const log = document.querySelector("#chat .bubble-wrap");
+  if (log && log.scrollHeight - log.scrollTop - log.clientHeight < 240) {
+    log.scrollTo({ top: log.scrollHeight, behavior: "smooth" });
+  }
+  // With a touch screen the cursor would bring the keyboard up.
+  if (matchMedia("(hover: hover)").matches) document.querySelector("#question textarea")?.focus();
+}, 400)"""

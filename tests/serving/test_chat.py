@@ -222,6 +222,23 @@ def test_reset_forgets_everything(session: ChatSession) -> None:
     assert session.ask("What?", **SHORT) == first
 
 
+def test_rewinding_forgets_the_last_questions_and_their_pictures(session: ChatSession) -> None:
+    session.add_image(RED)
+    session.ask("One?", **SHORT)
+    session.add_image(BLUE)
+    second = session.ask("Two?", **SHORT)
+    session.ask("Three?", **SHORT)
+    assert len(session.image_features) == 2
+    session.rewind(1)
+    assert [message.text for message in session.history] == ["\nOne?", session.history[1].text]
+    assert len(session.image_features) == 1
+    session.add_image(BLUE)
+    assert session.ask("Two?", **SHORT) == second
+    session.rewind(0)
+    assert session.history == ()
+    assert session.image_features == ()
+
+
 def test_system_message_opens_the_history(tiny_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     session = ChatSession(tiny_model, system="Be brief.")
     calls = spy_on_generate(tiny_model, monkeypatch)

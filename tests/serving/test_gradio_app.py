@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 from PIL import Image
 
 from symphony_vlm.errors import InputError
-from symphony_vlm.serving import gradio_app, page_style
+from symphony_vlm.serving import gradio_app, page_style, uploads
 from symphony_vlm.serving.chat import ChatSession
 
 ROOT = Path(__file__).parents[2]
@@ -130,12 +131,16 @@ def test_our_own_faults_are_short_in_the_page_and_complete_in_the_log(
 ) -> None:
     def stream(self: ChatSession, text: str, **settings: Any) -> Iterator[str]:
         yield "so far"
-        raise RuntimeError("out of memory\nsecond line")
+        raise RuntimeError("matrix of /secret/folder is made of cheese\nsecond line")
 
     with monkeypatch.context() as patch, caplog.at_level(logging.ERROR):
         patch.setattr(ChatSession, "stream", stream)
         chat = ask(client, "What?")
-    assert [text_of(message) for message in chat[1:]] == ["so far", "RuntimeError: out of memory"]
+    so_far, fault = (text_of(message) for message in chat[1:])
+    assert so_far == "so far"
+    said = re.fullmatch(r"RuntimeError: matrix of … is made of cheese \(Reference (\w{6})\)", fault)
+    assert said is not None
+    assert f"reference {said[1]}" in caplog.text
     assert "Traceback" in caplog.text
     assert "second line" in caplog.text
     assert not ask(client, "And now?")[-1]["metadata"]
@@ -149,7 +154,7 @@ def test_too_many_pixels(client: Any, tmp_path: Path) -> None:
 
 
 def test_too_many_bytes(url: str) -> None:
-    sent = {"files": ("big.png", b"x" * (gradio_app.MAX_UPLOAD_BYTES + 1))}
+    sent = {"files": ("big.png", b"x" * (uploads.MAX_UPLOAD_BYTES + 1))}
     assert httpx.post(f"{url}gradio_api/upload", files=sent).status_code == 413
 
 
@@ -157,7 +162,7 @@ def test_too_many_bytes(url: str) -> None:
 def test_only_uploads_can_be_read(url: str, secret: str) -> None:
     assert httpx.get(f"{url}gradio_api/file={secret}").status_code in (403, 404)
     file = {"path": secret, "meta": {"_type": "gradio.FileData"}}
-    body = {"data": [{"text": "What?", "files": [file]}, 8, 0.0], "session_hash": "stranger"}
+    body = {"data": [{"text": "What?", "files": [file]}, 8, 0.0, 1.0, None], "session_hash": "stranger"}
     event = httpx.post(f"{url}gradio_api/call/ask", json=body).json()["event_id"]
     answer = httpx.get(f"{url}gradio_api/call/ask/{event}", timeout=30).text
     assert "event: error" in answer
@@ -208,6 +213,13 @@ def test_title(name: str, title: str, tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "other").mkdir()
     monkeypatch.chdir(tmp_path)
     assert page_style.page_title(name) == title
+
+
+def test_a_second_model_is_opened_and_named(tiny_model_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no config.json"):
+        gradio_app.build_app(str(tiny_model_folder), str(tmp_path))
+    app = gradio_app.build_app(str(tiny_model_folder), str(tiny_model_folder))
+    assert app.title == "tiny (A) and tiny (B) · symphony_vlm"
 
 
 def test_import_is_cheap() -> None:
