@@ -98,7 +98,7 @@ def choose_limit(
     ends = sorted({end for listed in items.values() for end in _ends(listed, seed)})
 
     def predicted(limit: int) -> float:
-        return _seconds(limit, cells, items, costs, seed) / processes
+        return _seconds(limit, cells, items, costs, seed) * _largest_share(limit, items, seed, processes)
 
     low, high = 0, len(ends)  # so many of the limits fit
     while low < high:
@@ -164,6 +164,13 @@ def _ends(items: Sequence[EvaluationItem], seed: int) -> list[int]:
         total += len(group)
         ends.append(total)
     return ends
+
+
+def _largest_share(limit: int, items: Items, seed: int, size: int) -> float:
+    """Of the questions, the share of the process that has most: the others wait for it."""
+    chosen = [item for listed in items.values() for item in first_pictures(listed, seed, limit)]
+    ranks = [Processes(rank=rank, size=size) for rank in range(size)]
+    return max(sum(map(process.owns, chosen)) for process in ranks) / len(chosen)
 
 
 def _seconds(limit: int, cells: Sequence[Cell], items: Items, costs: Costs, seed: int) -> float:
