@@ -134,6 +134,7 @@ def _plan(recipe: Recipe, model: str, test: Path) -> EvaluationPlan:
         seed=recipe.seed,
         batch_size=evaluation.batch_size,
         max_new_tokens=evaluation.max_new_tokens,
+        routing=evaluation.routing,
     )
 
 

@@ -268,6 +268,8 @@ class EvaluationConfig(Schema):
     severities: list[Severity] = Field(default=[1, 2, 3, 4, 5])
     batch_size: int = 64
     max_new_tokens: int = 16
+    routing: bool = False
+    """Measures how far the routers' decisions move under corruption (``docs/routing-drift.md``)."""
 
 
 class Recipe(Schema):
