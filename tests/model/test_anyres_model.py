@@ -153,7 +153,7 @@ def test_chat_terminal_and_predictor_agree_with_generate(model: Model) -> None:
     assert session.ask(question, max_new_tokens=NEW_TOKENS) == expected
     session.add_image(picture(3))
     session.ask("And this?", max_new_tokens=NEW_TOKENS)
-    assert [len(part) for part in session._features] == model.processor.count_image_tokens(
+    assert [len(part) for part in session.image_features] == model.processor.count_image_tokens(
         [SHAPES[i] for i in (1, 2, 3)]
     )
 

@@ -98,7 +98,7 @@ def test_robustness_is_eval_on_the_common_corruptions_unless_others_are_given(
     (words,) = seen
     assert words[0] == "eval"
     context = COMMANDS["eval"].make_context("eval", words[1:])
-    assert (context.params["corruption"], context.params["model"]) == (expected, "a")
+    assert (context.params["corruption"], context.params["model"]) == (expected, ["a"])
 
 
 def test_a_twin_started_by_the_interpreter_explains_a_mistake_like_the_command_line() -> None:
