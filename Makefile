@@ -16,8 +16,10 @@ test: $(VENV)/.installed-test lint
 test-slow: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m slow
 
+# The screenshots stay in build/browser/.
 test-browser: $(VENV)/.installed-test
-	$(BIN)/pytest -m browser
+	mkdir -p build
+	$(BIN)/pytest -m browser --basetemp=build/browser
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
