@@ -19,6 +19,7 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -85,6 +86,13 @@ _AFTER: dict[str, Callable[[], None]] = {
 }
 
 
+_AUTO = "transformers.models.auto."
+"""These modules import each other half-way; what is hooked after one of them has to wait for the outermost."""
+
+_waiting: list[str] = []
+_depth = threading.local()
+
+
 class _HookFinder(importlib.abc.MetaPathFinder):
     """Lets the other finders find a hooked module and wraps its loader."""
 
@@ -94,7 +102,8 @@ class _HookFinder(importlib.abc.MetaPathFinder):
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if (name not in _BEFORE and name not in _AFTER) or name in self._busy:
+        hooked = name in _BEFORE or name in _AFTER or name.startswith(_AUTO)
+        if not hooked or name in self._busy:
             return None
         self._busy.add(name)
         try:
@@ -121,6 +130,14 @@ class _HookLoader(importlib.abc.Loader):
     def exec_module(self, module: ModuleType) -> None:
         if before := _BEFORE.get(self._name):
             before()
-        self._loader.exec_module(module)
-        if after := _AFTER.get(self._name):
-            after()
+        outside = getattr(_depth, "value", 0)
+        _depth.value = outside + 1
+        try:
+            self._loader.exec_module(module)
+        finally:
+            _depth.value = outside
+        if self._name in _AFTER:
+            _waiting.append(self._name)
+        # Our classes need Auto classes that a module around this one may not have defined yet.
+        while _waiting and outside == 0:
+            _AFTER[_waiting.pop(0)]()

@@ -138,6 +138,35 @@ def test_hooks_run_before_and_after_a_modules_own_code(tmp_path: Path, monkeypat
     assert calls == ["before", 1]
 
 
+def test_a_hook_waits_for_the_auto_class_that_is_importing_its_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where ``tokenization_auto`` comes to import ``modeling_auto``, and our classes need the tokenizer's."""
+    calls: list[Any] = []
+    (tmp_path / "inner_auto.py").write_text("")
+    (tmp_path / "outer_auto.py").write_text("import inner_auto\nVALUE = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(_imports, "_AUTO", "outer_auto")
+    monkeypatch.setitem(_imports._AFTER, "inner_auto", lambda: calls.append(sys.modules["outer_auto"].VALUE))  # type: ignore[attr-defined]
+    importlib.import_module("outer_auto")
+    for name in ("inner_auto", "outer_auto"):
+        monkeypatch.delitem(sys.modules, name)
+    assert calls == [1]
+
+
+@pytest.mark.parametrize("first", ["tokenization_auto", "modeling_auto", "processing_auto", "image_processing_auto"])
+def test_everything_is_registered_whichever_auto_module_comes_first(first: str) -> None:
+    program = (
+        f"import symphony_vlm, transformers.models.encoder_decoder, transformers.models.auto.{first}\n"
+        "from transformers import AutoModelForCausalLM as C, AutoModelForImageTextToText as V, AutoProcessor\n"
+        "from transformers.models.auto.processing_auto import PROCESSOR_MAPPING as P\n"
+        "from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING as I\n"
+        "print([len(m._extra_content) for m in (C._model_mapping, V._model_mapping, P, I)])"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[1, 1, 1, 1]"
+
+
 def test_importing_the_package_is_fast_and_imports_nothing_heavy() -> None:
     program = (
         "import json, sys, time; start = time.perf_counter(); import symphony_vlm\n"

@@ -225,6 +225,7 @@ def test_another_start_continues_with_the_limit_of_the_first_whatever_it_would_m
     assert document["provenance"]["half_widths"] == half_widths(document["results"])
 
 
+@pytest.mark.usefixtures("one_model_opens_at_a_time")
 def test_all_processes_answer_what_the_first_one_chose(
     plan: EvaluationPlan, costs: list[float], tmp_path: Path
 ) -> None:

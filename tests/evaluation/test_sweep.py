@@ -287,6 +287,7 @@ def test_an_interruption_between_the_models_answers_nothing_twice(
         _assert_equal(tmp_path / label, alone[label])
 
 
+@pytest.mark.usefixtures("one_model_opens_at_a_time")
 def test_two_processes_share_the_pictures_and_write_what_one_writes(
     plan: EvaluationPlan, models: dict[str, str], alone: dict[str, Path], tmp_path: Path
 ) -> None:
