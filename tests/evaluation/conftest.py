@@ -12,8 +12,11 @@ from symphony_vlm.evaluation import runner
 
 @pytest.fixture
 def one_model_opens_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For threads that stand for processes: transformers' ``from_pretrained`` replaces functions of torch and of its own
-    classes while it loads, and two at once would leave them replaced for every later test."""
+    """For threads that stand for processes.
+
+    transformers' ``from_pretrained`` replaces functions of torch and of its own classes while it loads; two at once
+    would leave them replaced for every later test.
+    """
     lock, open_model = threading.Lock(), runner.open_model
 
     def opened(*arguments: Any, **settings: Any) -> Any:
