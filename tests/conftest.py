@@ -41,7 +41,12 @@ def make_tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_tiny_model(
-    *, moe: MoEConfig | None = None, seed: int = 0, resize_mode: Any = "pad", scales: tuple[int, ...] = (1,)
+    *,
+    moe: MoEConfig | None = None,
+    seed: int = 0,
+    resize_mode: Any = "pad",
+    scales: tuple[int, ...] = (1,),
+    hidden_size: int = 32,
 ) -> SymphonyVLMForConditionalGeneration:
     """A random model in evaluation mode with its processor, upcycled if `moe` is given."""
     import torch
@@ -67,7 +72,7 @@ def make_tiny_model(
     text = AutoConfig.for_model(
         "qwen3",
         vocab_size=len(tokenizer),
-        hidden_size=32,
+        hidden_size=hidden_size,
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=2,

@@ -76,8 +76,8 @@ def load(
         name: folder of a saved model or of a finished run, or a hub name.
         device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``; default: a CUDA device if there is one, else the CPU.
         dtype: ``auto`` (as saved), ``float32``, ``bfloat16``, ``float16``.
-        quantization: ``none``, or ``8bit`` and ``4bit`` for the language model's linear layers (`quantization`),
-            on a CUDA device and with the extra ``symphony-vlm[qlora]``.
+        quantization: ``none``, or the language model's linear layers in ``8bit``, or these and its experts in ``4bit``
+            (`quantization`); on a CUDA device or the CPU, with the extra ``symphony-vlm[qlora]``.
         kwargs: for ``from_pretrained``.
 
     Raises:
@@ -94,7 +94,7 @@ def load(
         raise InputError(f"model_type is {found!r}, expected 'symphony_vlm'", where=where, remedy=remedy)
     from symphony_vlm.model.devices import check_dtype, choose_device
     from symphony_vlm.model.processor import SymphonyVLMProcessor
-    from symphony_vlm.model.quantization import check_quantization, quantize_
+    from symphony_vlm.model.quantization import check_quantization, quantize_, quantize_experts_
     from symphony_vlm.model.vlm import SymphonyVLMForConditionalGeneration
 
     chosen = choose_device(device)
@@ -108,6 +108,8 @@ def load(
         raise InputError(first, where=folder, remedy="Give the folder of a saved model or run.") from error
     if quantization != "none":
         quantize_(model, quantization, model.dtype)
+    if quantization == "4bit":
+        quantize_experts_(model, chosen)
     return model.to(chosen).eval()
 
 

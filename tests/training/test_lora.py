@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -257,18 +258,47 @@ def test_named_targets_and_experts_left_alone(
         ({"target": ["q_prj"]}, "'q_prj' is the end of no linear layer's name.*did you mean 'q_proj'"),
         ({"target": ["lm_head"]}, "'lm_head' is the end of no linear layer's name"),
         ({"experts": True}, "the language model has no experts to adapt"),
-        ({"quantization": "4bit"}, r"lora.quantization: 4bit needs .*symphony-vlm\[qlora\]"),
-        ({"quantization": "8bit"}, r"lora.quantization: 8bit needs .*symphony-vlm\[qlora\]"),
+        ({"quantization": "8bit"}, r"lora.quantization: 8bit needs bitsandbytes .*symphony-vlm\[qlora\]"),
     ],
 )
 def test_what_cannot_be_adapted_is_refused(
-    only_stage: Callable[..., Recipe], tmp_path: Path, quiet: Console, lora: dict[str, Any], message: str
+    only_stage: Callable[..., Recipe],
+    tmp_path: Path,
+    quiet: Console,
+    monkeypatch: pytest.MonkeyPatch,
+    lora: dict[str, Any],
+    message: str,
 ) -> None:
-    if "quantization" in lora and torch.cuda.is_available():
-        pytest.skip("this machine may be able to")
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     recipe = only_stage("instruct", upcycle=False, train=RATES, lora=lora)
     with pytest.raises(InputError, match=message):
         train(recipe, tmp_path / "run", console=quiet)
+
+
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+def test_adapters_train_on_a_quantised_model(
+    only_stage: Callable[..., Recipe], tmp_path: Path, quiet: Console, monkeypatch: pytest.MonkeyPatch, bits: str
+) -> None:
+    kinds: list[set[str]] = []
+    original = stages.fit
+
+    def fit(trainer: StageTrainer, *args: Any) -> None:
+        original(trainer, *args)
+        kinds.append({type(layer).__name__ for layer in trainer.model.language_model.modules()})
+
+    monkeypatch.setattr(stages, "fit", fit)
+    lora = {"rank": 4, "alpha": 8, "quantization": bits}
+    recipe = only_stage("instruct", start=None, train=RATES, lora=lora, max_steps=4, upcycle=False)
+    values = recipe.model_dump(mode="json")
+    values["model"]["language"]["architecture"]["hidden_size"] = 64
+    train(Recipe.model_validate(values), tmp_path / "run", console=quiet)
+    assert {"8bit": "Linear8bitLt", "4bit": "Linear4bit"}[bits] in kinds[0]
+    saved = load_file(tmp_path / "run" / "instruct" / "model" / "model.safetensors")
+    trained = [name for name in saved if ".lora_B." in name]
+    assert trained
+    assert [name for name in trained if not saved[name].any()] == []  # they begin at zero
+    model = symphony_vlm.load(tmp_path / "run" / "instruct" / "model", device="cpu")
+    assert torch.isfinite(logits_of_probe(model)).all()
 
 
 @pytest.mark.parametrize(
