@@ -13,7 +13,7 @@ __all__: list[str] = []
 
 Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1 or mps; default: cuda if there is one.")]  # noqa: UP045
 Dtype = Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")]
-Quantize = Annotated[str, typer.Option(help="none, 8bit or 4bit; on CUDA, and with the extra qlora.")]
+Quantize = Annotated[str, typer.Option(help="none, 8bit or 4bit; with the extra qlora.")]
 
 
 @app.command()

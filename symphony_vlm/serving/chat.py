@@ -20,7 +20,6 @@ from symphony_vlm.data.sample import ImagePart, Message, TextPart
 from symphony_vlm.errors import InputError
 from symphony_vlm.serving.generation import Generation
 from symphony_vlm.serving.prefix_cache import PrefixCache, forget_all, mark_tokens
-from symphony_vlm.serving.routing_trace import ConversationRouting, RoutingTrace
 from symphony_vlm.serving.visible_text import VisibleText
 
 if TYPE_CHECKING:
@@ -66,7 +65,6 @@ class ChatSession:
             one may generate at a time.
         system: a system message instead of the template's own.
         reuse_prefix: False computes the whole conversation again in every turn.
-        trace_routing: records which experts the tokens go to, for `routing`.
 
     Raises:
         InputError: the model has no processor.
@@ -78,7 +76,6 @@ class ChatSession:
         *,
         system: str | None = None,
         reuse_prefix: bool = True,
-        trace_routing: bool = False,
     ) -> None:
         if model.processor is None:
             raise InputError("no processor", where="chat", remedy="Open the model with symphony_vlm.load(folder).")
@@ -89,11 +86,8 @@ class ChatSession:
         self._pictures: tuple[_Picture, ...] = ()
         self._pending: list[_Picture] = []
         self._prefix = PrefixCache() if reuse_prefix else None
-        self._trace = RoutingTrace(model) if trace_routing and model.config.moe_config is not None else None
         self._generation: Generation | None = None
         self._answering = False
-        self.routing: ConversationRouting | None = None
-        """The experts of the last turn's tokens; None before it, and where they are not traced."""
 
     @property
     def history(self) -> tuple[Message, ...]:
@@ -155,7 +149,6 @@ class ChatSession:
         self._require_idle()
         self._turns, self._pictures = (), ()
         self._pending.clear()
-        self.routing = None
         if self._prefix is not None:
             self._prefix.clear()
 
@@ -284,29 +277,18 @@ class ChatSession:
         # Pictures stand in the prompt in their order, and the cache ends inside of none.
         known = ids[:reused].count(token)
         ends = itertools.accumulate(picture.num_tokens for picture in pictures)
-        return pictures[sum(end <= known for end in ends) :], self._keeping(prefix, marks, len(ids), reused)
+        return pictures[sum(end <= known for end in ends) :], self._keeping(prefix, marks, len(ids))
 
     @contextlib.contextmanager
-    def _keeping(
-        self, prefix: PrefixCache | None, marks: list[int], prompt_length: int, reused: int
-    ) -> Generator[None, None, None]:
-        """Keeps the cache and the routing of the generation inside, also of one that was stopped half-way."""
-        with contextlib.nullcontext() if self._trace is None else self._trace.recording(reused):
-            try:
-                yield
-            finally:
-                # The thread must have ended, however the turn did; what it computed is good unless it failed.
-                if self._generation is not None and not self._generation.close():
-                    self._keep(prefix, marks, self._generation.result(), prompt_length)
-
-    def _keep(self, prefix: PrefixCache | None, marks: list[int], output: Any, prompt_length: int) -> None:
-        answer_ids = output.sequences[0, prompt_length:].tolist()
-        if prefix is not None:
-            prefix.put(output.past_key_values, [*marks, *answer_ids])
-        if self._trace is not None:
-            token = self._processor.image_token_id
-            ids = [token if mark < 0 else mark for mark in marks]
-            self.routing = self._trace.routing([*ids, *answer_ids], prompt_length)
+    def _keeping(self, prefix: PrefixCache | None, marks: list[int], prompt_length: int) -> Generator[None, None, None]:
+        """Keeps the cache of the generation inside, also of one that was stopped half-way."""
+        try:
+            yield
+        finally:
+            # The thread must have ended, however the turn did; what it computed is good unless it failed.
+            if self._generation is not None and not self._generation.close() and prefix is not None:
+                output = self._generation.result()
+                prefix.put(output.past_key_values, [*marks, *output.sequences[0, prompt_length:].tolist()])
 
     @torch.no_grad()
     def _encode(self, picture: _Picture) -> Tensor:

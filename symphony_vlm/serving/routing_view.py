@@ -92,6 +92,17 @@ class RoutingView:
     pictures: tuple[PatchGrid, ...]
     words: tuple[Word, ...]
 
+    @property
+    def answer(self) -> tuple[Word, ...]:
+        """The words of the last answer."""
+        found: list[Word] = []
+        for word in reversed(self.words):
+            if word.is_answer:
+                found.append(word)
+            elif found:
+                break
+        return tuple(reversed(found))
+
 
 @torch.no_grad()
 def view_routing(

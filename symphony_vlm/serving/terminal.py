@@ -56,7 +56,7 @@ def run_terminal_chat(
     # Before the model, which may take a minute to load.
     pictures = [read_picture(path) for path in images]
     note(f"loading {model}")
-    session = ChatSession(load(model, **loading), trace_routing=prompt is None)
+    session = ChatSession(load(model, **loading))
     for picture in pictures:
         session.add_image(picture)
     if prompt is not None:

@@ -117,25 +117,19 @@ class Commands:
         return Image.fromarray(corrupt(pixels, name, severity, rng))
 
     def _routing(self, argument: str) -> None:
+        from symphony_vlm.serving.routing_view import view_routing
         from symphony_vlm.serving.terminal_routing import coloured_words, share_table
 
-        if self._session.model.config.moe_config is None:
-            raise InputError("the model is dense: it has no experts", where="/routing")
-        routing = self._session.routing
-        if routing is None or not routing.experts:
-            problem = "there is no answer yet" if routing is None else "the model has no experts in its decoder"
-            raise InputError(problem, where="/routing")
-        if not argument:
-            num_tokens = len(routing.token_ids) - routing.answer_start
-            note(f"Shares of the experts in the answer's {num_tokens} tokens, by layer:")
-            self._console.print(share_table(routing))
-            return
-        if not argument.isdecimal():
+        if argument and not argument.isdecimal():
             raise InputError(f"{argument!r} is not the number of a layer", where="/routing")
-        assert self._session.model.processor is not None
-        self._console.print(
-            coloured_words(routing, self._session.model.processor.tokenizer, int(argument)), soft_wrap=True
-        )
+        view = view_routing(self._session.model, self._session.history, self._session.image_features)
+        if not view.answer:
+            raise InputError("the last answer is empty", where="/routing")
+        if argument:
+            self._console.print(coloured_words(view, int(argument)), soft_wrap=True)
+            return
+        note(f"What each expert contributed to the answer's {len(view.answer)} words, by layer:")
+        self._console.print(share_table(view))
 
     def _reset(self, argument: str) -> None:
         self._session.reset()

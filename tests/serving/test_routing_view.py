@@ -47,6 +47,7 @@ def test_experts_are_those_that_the_routers_chose(tiny_moe_model: Model, monkeyp
         lambda m, a, kw: embedded.append(kw["inputs_embeds"]), with_kwargs=True
     )
     view = view_of(session)
+    assert "".join(word.text for word in view.answer).replace("<|end|>", "").strip() == session.history[-1].text
     assert [layer.layer for layer in view.layers] == list(seen) == [0, 1]
     for layer in view.layers:
         (output,) = seen[layer.layer]

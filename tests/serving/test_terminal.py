@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from rich.console import Console
 from symphony_vlm.corruptions import corrupt, corruption_rng, image_key
 from symphony_vlm.errors import InputError
 from symphony_vlm.serving.chat import ChatSession
-from symphony_vlm.serving.routing_trace import ConversationRouting
+from symphony_vlm.serving.routing_view import LayerRouting, RoutingView, Word
 from symphony_vlm.serving.terminal import _printable, run_terminal_chat
 from symphony_vlm.serving.terminal_commands import Commands
 from symphony_vlm.serving.terminal_history import line_editing
@@ -187,7 +188,13 @@ def test_mistakes_in_commands_change_nothing(talk: Talk, picture: Path) -> None:
         errors,
         [
             *("/corrupt: '' is not", "'fog' is not a corruption and a severity", "'fog 6'", "did you mean 'fog'"),
-            *("did you mean '/corrupt'", "no answer yet", "no answer yet", "layer 7 has no experts", "'-1' is not"),
+            *(
+                "did you mean '/corrupt'",
+                "no answer yet",
+                "'x' is not the number",
+                "layer 7 has no experts",
+                "'-1' is not",
+            ),
         ],
         strict=True,
     ):
@@ -198,8 +205,7 @@ def test_mistakes_in_commands_change_nothing(talk: Talk, picture: Path) -> None:
 def test_routing_of_the_last_answer(talk: Talk, picture: Path) -> None:
     _, err = talk(f"/image '{picture}'", "What color is it?", "/routing", "/routing 1")
     assert "error" not in err
-    # Of 8 tokens the last is not read by the model any more.
-    assert "Shares of the experts in the answer's 7 tokens, by layer:" in err
+    assert re.search(r"What each expert contributed to the answer's [1-9]\d* words, by layer:", err)
     rows = [line.split() for line in err.splitlines() if line.split()[:1] in (["0"], ["1"]) and "%" in line]
     assert [row[0] for row in rows] == ["0", "1"]
     for row in rows:
@@ -217,9 +223,12 @@ def test_a_dense_model_has_no_routing(tiny_model: Any, capfd: pytest.CaptureFixt
 
 def test_many_experts_are_shown_by_the_busiest(capfd: pytest.CaptureFixture[str]) -> None:
     experts = torch.tensor([[0, 1], [63, 2], [63, 2], [63, 5]])
-    routing = ConversationRouting(
-        token_ids=(1, 2, 3, 4), answer_start=1, num_experts=64, experts={3: experts}, weights={3: experts.float()}
+    layer = LayerRouting(
+        layer=3, num_experts=64, indices_SK=experts, weights_SK=torch.full((4, 2), 0.5), adjacency_EE=None
     )
+    spans = [(0, 1, False), (1, 3, True), (3, 4, True)]
+    words = tuple(Word(text="a", start=start, stop=stop, is_answer=answer) for start, stop, answer in spans)
+    routing = RoutingView(layers=(layer,), pictures=(), words=words)
     console = Console(width=80)
     console.print(share_table(routing))
     assert "3  63: 50%  2: 33%  5: 17%" in capfd.readouterr().out
