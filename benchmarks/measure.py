@@ -11,7 +11,7 @@ import gc
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -30,6 +30,9 @@ class Case:
     settings: Mapping[str, int | str]
     contenders: Mapping[str, Work]
     """By name. The first is the baseline; the first result of each must be the baseline's."""
+    limits: Mapping[str, Work] = field(default_factory=dict)
+    """By name, work of other results that is timed beside the contenders: theirs are given as multiples of the fastest.
+    """
     whole: tuple[str, Work] | None = None
     """Name and work of what the contenders are a part of, which gives their times a scale; None: the baseline."""
     items: tuple[str, int] | None = None
@@ -67,6 +70,8 @@ class Result:
     timings: Mapping[str, Timing]
     whole: float
     """Median seconds of the case's whole."""
+    limit: float | None = None
+    """Median seconds of the fastest limit, if the case has any."""
 
 
 def measure(case: Case, plan: Plan, device: torch.device) -> Result:
@@ -77,7 +82,8 @@ def measure(case: Case, plan: Plan, device: torch.device) -> Result:
     """
     _check_results(case)
     now = _clock(device)
-    samplers = {name: _sampler(work, plan.seconds, now) for name, work in case.contenders.items()}
+    works = {**case.limits, **case.contenders}
+    samplers = {name: _sampler(work, plan.seconds, now) for name, work in works.items()}
     sample_whole = _sampler(case.whole[1], plan.seconds, now) if case.whole else None
     samples: dict[str, list[float]] = {name: [] for name in samplers}
     whole = []
@@ -93,9 +99,10 @@ def measure(case: Case, plan: Plan, device: torch.device) -> Result:
                     samples[name].append(samplers[name]())
     finally:
         gc.enable()
-    baseline = next(iter(samples.values()))
+    baseline = samples[next(iter(case.contenders))]
     timings = {name: _timing(values, baseline) for name, values in samples.items()}
-    return Result(timings=timings, whole=float(np.median(whole or baseline)))
+    limit = min((timings[name].seconds for name in case.limits), default=None)
+    return Result(timings=timings, whole=float(np.median(whole or baseline)), limit=limit)
 
 
 def _timing(values: Sequence[float], baseline: Sequence[float]) -> Timing:

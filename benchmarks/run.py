@@ -13,7 +13,7 @@ import importlib
 import inspect
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parse(arguments)
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
-    plan = Plan(rounds=options.rounds, alternations=options.alternations, seconds=options.seconds)
+    plan = _plan(options)
     results: Results = []
     for case in _cases(options, device):
         print(_words(case), file=sys.stderr)
@@ -58,15 +58,23 @@ def _cases(options: argparse.Namespace, device: torch.device) -> Iterator[Case]:
     yield from cases(tiny=options.tiny, device=device, **given)
 
 
+def _plan(options: argparse.Namespace) -> Plan:
+    """The benchmark's own plan, if it has one, with what the command says instead."""
+    default = Plan(rounds=7, alternations=20, seconds=0.005)
+    plan: Plan = getattr(importlib.import_module(f"benchmarks.{options.name}"), "PLAN", default)
+    given = {name: getattr(options, name) for name in ("rounds", "alternations", "seconds")}
+    return replace(plan, **{name: value for name, value in given.items() if value is not None})
+
+
 def markdown(results: Results) -> str:
     """A row per case: times of the whole and the baseline, and what the other contenders add to the baseline.
 
     Percentages are shares of the whole. A case that counts items gives how many each contender gets through in a
-    second, and the ratio to the baseline.
+    second, and the ratio to the baseline; one that has limits, the multiple of the fastest.
     """
     settings = list(results[0][0].settings)
     wholes = list(dict.fromkeys(case.whole[0] for case, _ in results if case.whole))
-    names = list(dict.fromkeys(name for case, _ in results for name in case.contenders))
+    names = list(dict.fromkeys(name for case, _ in results for name in [*case.limits, *case.contenders]))
     rows = [[*settings, *wholes, *names]]
     rows.append(["---"] * len(rows[0]))
     for case, result in results:
@@ -81,6 +89,8 @@ def _cell(case: Case, result: Result, name: str) -> str:
     if name not in result.timings:
         return ""
     timing = result.timings[name]
+    if result.limit is not None:
+        return f"{1e3 * timing.seconds:.3g} ms" if name in case.limits else f"{timing.seconds / result.limit:.2f}x"
     if case.items is not None:
         ratio = next(iter(result.timings.values())).seconds / timing.seconds
         return f"{case.items[1] / timing.seconds:,.1f} {case.items[0]}/s ({ratio:.2f}x)"
@@ -96,7 +106,7 @@ def largest(results: Results) -> str:
     """The largest share that each contender adds to the baseline, over the cases; nothing on cases that count items."""
     worst: dict[str, tuple[float, Case]] = {}
     for case, result in results:
-        for name, timing in list(result.timings.items())[1:] if case.items is None else []:
+        for name, timing in list(result.timings.items())[1:] if case.items is None and not case.limits else []:
             share = timing.difference / result.whole
             if name not in worst or share > worst[name][0]:
                 worst[name] = (share, case)
@@ -122,9 +132,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description="Measure speed.")
     parser.add_argument("name", choices=names)
     parser.add_argument("--json", type=Path, help="file to write")
-    parser.add_argument("--rounds", type=int, default=7, help="samples of the whole (default 7)")
-    parser.add_argument("--alternations", type=int, default=20, help="samples of each contender a round (default 20)")
-    parser.add_argument("--seconds", type=float, default=0.005, help="shortest sample (default 0.005)")
+    parser.add_argument("--rounds", type=int, help="samples of the whole (default 7, or the benchmark's own)")
+    parser.add_argument("--alternations", type=int, help="samples of each contender a round (default 20, or its own)")
+    parser.add_argument("--seconds", type=float, help="shortest sample (default 0.005, or the benchmark's own)")
     parser.add_argument("--threads", type=int, default=1, help="1 (default) counts processor time, more wall time")
     parser.add_argument("--device", default="cpu", help="where the work happens (default cpu)")
     parser.add_argument("--data", type=Path, help="conversations, for a benchmark on data (default: generated)")

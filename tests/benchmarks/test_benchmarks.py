@@ -172,6 +172,36 @@ def test_cases_that_count_items_are_given_as_throughput(measure: types.ModuleTyp
     assert largest(results) == ""
 
 
+def test_times_are_given_as_multiples_of_the_fastest_limit(measure: types.ModuleType, clock: Clock) -> None:
+    from benchmarks.run import largest, markdown
+
+    def work(seconds: float) -> Callable[[], tuple[Tensor]]:
+        return clock.work(lambda: seconds)
+
+    case = measure.Case(
+        settings={"size": 1},
+        contenders={"a": work(3.0), "b": work(5.0)},
+        limits={"slow limit": work(2.5), "limit": work(2.0)},
+    )
+    result = measure.measure(case, measure.Plan(rounds=1, alternations=2, seconds=0.0), CPU)
+    assert result.limit == 2.0
+    assert result.whole == 3.0, "the baseline is the first contender, not a limit"
+    assert markdown([(case, result)]).splitlines()[0] == "| size | slow limit | limit | a | b |"
+    assert markdown([(case, result)]).splitlines()[-1] == "| 1 | 2.5e+03 ms | 2e+03 ms | 1.50x | 2.50x |"
+    assert largest([(case, result)]) == ""
+
+
+def test_the_layer_is_measured_against_its_limit_and_everybody_else(
+    run: Callable[[str], tuple[str, dict[str, Any]]],
+) -> None:
+    forward, both = run("moe_layer")[1]["cases"]
+    others = ["segments", "HF grouped_mm", "HF eager", "LibMoE loop", "CuMo loop"]
+    for case in (forward, both):
+        assert list(case["timings"]) == ["dense", "dense in chunks", *others]
+        assert case["limit"] == min(case["timings"][name]["seconds"] for name in ("dense", "dense in chunks"))
+    assert both["limit"] > forward["limit"]
+
+
 def test_data_for_a_benchmark_without_data_is_refused(measure: types.ModuleType) -> None:
     from benchmarks.run import main
 
