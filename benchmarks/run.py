@@ -24,7 +24,7 @@ from symphony_vlm.training.provenance import provenance
 
 __all__ = ["main"]
 
-_NOT_BENCHMARKS = {"__init__", "measure", "run", "terminal_display", "train_stage"}
+_NOT_BENCHMARKS = {"__init__", "measure", "paired_stages", "run", "stage_recipe", "terminal_display", "train_stage"}
 
 Results = list[tuple[Case, Result]]
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from symphony_vlm.moe.recording import RoutingRecorder
 
-__all__ = ["only_supervised_logits", "targets_of", "training_loss"]
+__all__ = ["loss_of_step", "only_supervised_logits", "targets_of", "training_loss"]
 
 
 def targets_of(labels_BS: Tensor, ignore_index: int) -> Tensor:
@@ -74,6 +74,17 @@ def training_loss(
     summed = F.cross_entropy(
         logits_NV.float(), targets_N.to(logits_NV.device), ignore_index=ignore_index, reduction="sum"
     )
+    return loss_of_step(summed, num_supervised, routing, num_items_in_batch=num_items_in_batch)
+
+
+def loss_of_step(
+    summed: Tensor,
+    num_supervised: Tensor,
+    routing: RoutingRecorder | None,
+    *,
+    num_items_in_batch: Tensor | int | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`training_loss` from the summed cross entropy of `num_supervised` tokens."""
     mean = summed / num_supervised.clamp(min=1)
     parts = {"cross_entropy": mean.detach()}
     total = mean

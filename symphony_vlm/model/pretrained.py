@@ -15,8 +15,9 @@ from transformers.modeling_outputs import ModelOutput
 from symphony_vlm.errors import InputError
 from symphony_vlm.model.adapters import Adapters, attach_saved_, merge_adapters_, trained_weights
 from symphony_vlm.model.base_model import find_base
+from symphony_vlm.model.chunked_loss import DeferredHead, chunked_cross_entropy, needs_chunks
 from symphony_vlm.model.loading import adapter_record, local_folder
-from symphony_vlm.model.loss import only_supervised_logits, targets_of, training_loss
+from symphony_vlm.model.loss import loss_of_step, only_supervised_logits, targets_of, training_loss
 from symphony_vlm.moe.expert_parallel import refuse_shards
 from symphony_vlm.moe.recording import RoutingRecorder, sparse_layers
 
@@ -74,6 +75,8 @@ class SymphonyPreTrainedModel(PreTrainedModel):
             return SymphonyOutput(**_known(self.language_model(**inputs)))
         targets_BS = targets_of(labels, ignore_index)
         supervised_BS = targets_BS != ignore_index
+        if self.training and needs_chunks(self.language_model, supervised_BS):
+            return self._run_in_chunks(targets_BS, supervised_BS, num_items_in_batch, inputs)
         if self.training:
             with only_supervised_logits(self.get_output_embeddings(), supervised_BS):
                 outputs = self.language_model(**inputs)
@@ -85,6 +88,22 @@ class SymphonyPreTrainedModel(PreTrainedModel):
         loss, parts = training_loss(
             logits_NV, targets_N, self.routing, ignore_index=ignore_index, num_items_in_batch=num_items_in_batch
         )
+        return SymphonyOutput(**_known(outputs) | {"loss": loss, "loss_parts": parts})
+
+    def _run_in_chunks(
+        self,
+        targets_BS: Tensor,
+        supervised_BS: Tensor,
+        num_items_in_batch: Tensor | int | None,
+        inputs: dict[str, Any],
+    ) -> SymphonyOutput:
+        """The same in training, where the logits of all supervised tokens would be too many at once."""
+        head = DeferredHead(self.language_model, supervised_BS)
+        with head.deferring():
+            outputs = self.language_model(**inputs)
+        outputs.logits = None
+        summed = chunked_cross_entropy(head, targets_BS[supervised_BS])
+        loss, parts = loss_of_step(summed, supervised_BS.sum(), self.routing, num_items_in_batch=num_items_in_batch)
         return SymphonyOutput(**_known(outputs) | {"loss": loss, "loss_parts": parts})
 
     def get_input_embeddings(self) -> nn.Module:

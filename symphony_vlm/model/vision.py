@@ -201,13 +201,18 @@ class HuggingFaceTower(VisionTower):
         vision_config.vision_use_head = False
         self.model = AutoModel.from_config(vision_config)
         # The final norm feeds the pooled output alone; kept, it would be a parameter that never gets a gradient.
-        for module in list(self.model.modules()):
-            if hasattr(module, "post_layernorm"):
-                module.post_layernorm = nn.Identity()
+        normed = [module for module in self.model.modules() if hasattr(module, "post_layernorm")]
+        for module in normed:
+            module.post_layernorm = nn.Identity()
+        self._ends_with_the_layer = bool(normed)
         self._measure()
 
     def encode(self, pixels_N3HW: Tensor) -> Tensor:
-        hidden_NPC = self.model(pixels_N3HW, output_hidden_states=True).hidden_states[-1]
+        if self._ends_with_the_layer:
+            hidden_NPC = self.model(pixels_N3HW).last_hidden_state
+        else:
+            # By hooks on every layer, which torch.compile cannot look into.
+            hidden_NPC = self.model(pixels_N3HW, output_hidden_states=True).hidden_states[-1]
         has_class_token = hidden_NPC.shape[1] == self._num_patches() + 1
         return hidden_NPC[:, 1:] if has_class_token and self.config.feature_select == "patch" else hidden_NPC
 

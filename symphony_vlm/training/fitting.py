@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import signal
 import time
@@ -26,6 +25,7 @@ from symphony_vlm.data.placeholders import PaddedDataset
 from symphony_vlm.errors import InputError, SavingError, Stopped
 from symphony_vlm.files import replacing_folder
 from symphony_vlm.moe.expert_parallel import shard_experts_, unshard_experts_
+from symphony_vlm.training.activation_checkpointing import checkpoint_layers_
 from symphony_vlm.training.averaging import WeightAverage
 from symphony_vlm.training.batches import random_sampler
 from symphony_vlm.training.callbacks import JsonLog
@@ -44,6 +44,9 @@ from symphony_vlm.training.trainer import StageTrainer
 from symphony_vlm.training.writing import attempt, first_failure, free_bytes, size_text
 
 __all__ = ["RunContext", "fit", "make_trainer", "replace_folder"]
+
+PREFETCHED_BATCHES = 4
+"""By each worker of the data loader."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +137,6 @@ def make_trainer(
         adam_beta2=stage.adam_beta2,
         max_grad_norm=stage.max_grad_norm,
         bf16=stage.bf16,
-        **_checkpointing(stage),
         logging_steps=stage.log_steps,
         logging_first_step=True,
         logging_nan_inf_filter=False,
@@ -146,8 +148,7 @@ def make_trainer(
         prediction_loss_only=True,
         seed=context.recipe.seed,
         data_seed=context.recipe.seed,
-        dataloader_num_workers=stage.dataloader_workers,
-        dataloader_pin_memory=torch.cuda.is_available(),
+        **_loading(stage, cuda=torch.cuda.is_available(), augments=context.recipe.data.augmentation is not None),
         dataloader_drop_last=drop_last,
         remove_unused_columns=False,
         label_names=["labels"],
@@ -163,6 +164,9 @@ def make_trainer(
         # Before the optimizer is built, and before the model goes to its device, where all experts may have no place.
         shard_experts_(model, stage.expert_parallel_size)
         trainer_class = ExpertParallelTrainer
+    if stage.checkpointed_parts:
+        # Before the trainer is built, which asks the model about it.
+        checkpoint_layers_(model, stage.checkpointed_parts, every=stage.checkpoint_every)
     average = None if stage.ema_decay is None else WeightAverage(stage.ema_decay)
     trainer = trainer_class(
         model=model,
@@ -305,13 +309,17 @@ def _total_steps(stage: StageConfig, num_samples: int, drop_last: bool) -> int:
     return math.ceil(stage.epochs * -(-batches // stage.gradient_accumulation_steps))
 
 
-def _checkpointing(stage: StageConfig) -> dict[str, Any]:
-    if not stage.gradient_checkpointing:
-        return {}
-    # Reentrant checkpointing would hide the router's logits from the losses. transformers renamed the setting.
-    known = {field.name for field in dataclasses.fields(TrainingArguments)}
-    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
-    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
+def _loading(stage: StageConfig, *, cuda: bool, augments: bool) -> dict[str, Any]:
+    """How batches come to the device: on CUDA ahead of time, from memory that it reads while it computes."""
+    settings: dict[str, Any] = {"dataloader_num_workers": stage.dataloader_workers}
+    if not cuda:
+        return settings | {"dataloader_pin_memory": False}
+    # A copy that is waited for would also wait for the whole micro-batch before it.
+    settings |= {"dataloader_pin_memory": True, "accelerator_config": {"non_blocking": True}}
+    if stage.dataloader_workers:
+        # Workers that stay never hear which epoch it is, by which augmentation draws.
+        settings |= {"dataloader_persistent_workers": not augments, "dataloader_prefetch_factor": PREFETCHED_BATCHES}
+    return settings
 
 
 def _drop_default_printer(trainer: StageTrainer) -> None:

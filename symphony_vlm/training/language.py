@@ -30,14 +30,27 @@ from symphony_vlm.training.callbacks import ExpertGraphUpdate, RoutingLog
 from symphony_vlm.training.fitting import RunContext, fit, make_trainer, replace_folder
 from symphony_vlm.training.parts import keep_precision_, new_language_model, set_vocabulary
 from symphony_vlm.training.skeleton import language_config
+from symphony_vlm.training.trainer import StageTrainer
 
-__all__ = ["LineBlocks", "new_sparse_language_model", "run_language", "token_stream"]
+__all__ = ["LineBlocks", "new_sparse_language_model", "prepare_language", "run_language", "token_stream"]
 
 LINES_AT_ONCE = 1000
 
 
 def run_language(stage: StageConfig, context: RunContext) -> None:
     """Trains a language model on ``data.text`` and saves it with its tokenizer."""
+    trainer, model = prepare_language(stage, context)
+    fit(trainer, stage, context)
+
+    def save(folder: Path) -> None:
+        model.save_pretrained(folder)
+        context.tokenizer.save_pretrained(folder)
+
+    replace_folder(context.model_folder(stage.name), save)
+
+
+def prepare_language(stage: StageConfig, context: RunContext) -> tuple[StageTrainer, PreTrainedModel]:
+    """A language stage up to its first step: its trainer, and the model in it."""
     assert context.data.text is not None
     model = _starting_model(stage, context)
     keep_precision_(model, bf16=stage.bf16)
@@ -63,13 +76,7 @@ def run_language(stage: StageConfig, context: RunContext) -> None:
         callbacks.append(RoutingLog(context.folder / stage.name / "routing.jsonl", routing, tensorboard=shown))
     rates = {"": stage.learning_rate}
     trainer = make_trainer(stage, context, model, train, validation, _stack, rates=rates, callbacks=callbacks)
-    fit(trainer, stage, context)
-
-    def save(folder: Path) -> None:
-        model.save_pretrained(folder)
-        context.tokenizer.save_pretrained(folder)
-
-    replace_folder(context.model_folder(stage.name), save)
+    return trainer, model
 
 
 def new_sparse_language_model(model: ModelConfig, tokenizer: Any, *, seed: int) -> SymphonyForCausalLM:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 REPOSITORY = Path(__file__).parents[2]
 CPU = torch.device("cpu")
-PROGRAMS = {"measure", "run", "terminal_display", "train_stage"}
+PROGRAMS = {"measure", "paired_stages", "run", "stage_recipe", "terminal_display", "train_stage"}
 """Files that are no benchmarks of `benchmarks.run`; those with a command of their own have their own tests."""
 NAMES = sorted({p.stem for p in (REPOSITORY / "benchmarks").glob("*.py")} - {"__init__", *PROGRAMS})
 
