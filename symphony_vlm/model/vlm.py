@@ -121,14 +121,17 @@ class SymphonyVLMForConditionalGeneration(SymphonyPreTrainedModel, GenerationMix
             image_features = self.project_image_features(vision_features, image_sizes)
         elif image_features is None and pixel_values is not None:
             image_features = self.get_image_features(pixel_values, image_sizes)
-        elif image_features is None and (past_key_values is None or past_key_values.get_seq_length() == 0):
+        elif image_features is None and _is_empty(past_key_values):
             # In the place of the images' pass, as other ranks may be in it now.
             idle = self._idle_vision_pass(vision_features) if self._others_wait_for_vision() else None
         if inputs_embeds is None:
             if input_ids is None:
                 raise ValueError("give input_ids or inputs_embeds")
-            text_BSD = self.get_input_embeddings()(input_ids)
-            inputs_embeds = merge_image_features(text_BSD, image_features, input_ids, self.config.image_token_id)
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+            # A step of `generate`, which never chooses the placeholder: to look for it would make the device wait.
+            if image_features is not None or input_ids.shape[1] > 1 or _is_empty(past_key_values):
+                image_token_id = self.config.image_token_id
+                inputs_embeds = merge_image_features(inputs_embeds, image_features, input_ids, image_token_id)
         if idle is not None:
             inputs_embeds = inputs_embeds + idle
         if document_ids is not None:
@@ -306,7 +309,7 @@ class SymphonyVLMForConditionalGeneration(SymphonyPreTrainedModel, GenerationMix
         first = kwargs.get("is_first_iteration", False)
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
         cache = inputs.get("past_key_values")
-        if first or cache is None or cache.get_seq_length() == 0:
+        if first or _is_empty(cache):
             inputs |= images
         return inputs
 
@@ -367,6 +370,11 @@ class SymphonyVLMForConditionalGeneration(SymphonyPreTrainedModel, GenerationMix
         for name, buffer in self.vision_tower.named_buffers():
             if name in lost and buffer.device.type != "meta":
                 buffer.copy_(fresh[name])
+
+
+def _is_empty(cache: Cache | None) -> bool:
+    """Whether no token has gone before. Unlike a static cache's length this is known without asking the device."""
+    return cache is None or not cache.is_initialized
 
 
 register("model")

@@ -132,13 +132,20 @@ class Experts(nn.Module):
     def _compute(self, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
         name = self.implementation
         if name == "auto":
-            name = "grouped_mm" if x_TD.is_cuda and self._fits_grouped_mm(x_TD) else "segments"
+            name = self._fitting_implementation(x_TD)
         if name == "segments":
             return self._segments(x_TD, weights_TK, indices_TK)
         # Autocast knows none of the grouped products: it would leave them in the precision of the weights.
         experts: Any = _Cast(self, x_TD.dtype) if torch.is_autocast_enabled(x_TD.device.type) else self
         output_TO: Tensor = self._registered(name)(experts, x_TD, indices_TK, weights_TK)
         return output_TO
+
+    def _fitting_implementation(self, x_TD: Tensor) -> str:
+        if not x_TD.is_cuda or not self._fits_grouped_mm(x_TD):
+            return "segments"
+        # Compiled, the grouped product of other types than bf16 is a loop on the host, which no CUDA graph can hold.
+        compiled_step = torch.compiler.is_compiling() and not torch.is_grad_enabled()
+        return "batched_mm" if compiled_step and x_TD.dtype != torch.bfloat16 else "grouped_mm"
 
     def _segments(self, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
         """One contiguous block of tokens and one product per expert."""

@@ -42,7 +42,9 @@ class RoutingRecorder:
     def __init__(self, config: MoEConfig) -> None:
         self.config = config
         self.outputs: dict[int | str, RouterOutput] = {}
-        """Router output by layer (`SparseMoE.key`: a decoder layer's index, ``vision.3``) of the last forward pass."""
+        """Router output by layer (`SparseMoE.key`: a decoder layer's index, ``vision.3``) of the last forward pass.
+
+        Compiled steps of decoding are not recorded."""
         self.token_mask_T: Tensor | None = None
         """bool, False for padding; None if every token counts."""
         self.statistics = LoadStatistics()
@@ -139,6 +141,8 @@ class RoutingRecorder:
         return self.config.balance_loss_weight * losses["balance"] + self.config.z_loss_weight * losses["z"]
 
     def _open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if _is_compiled_step(kwargs):
+            return
         self.outputs, self._idle = {}, {}
         for other in self._in_front:
             # Taken, not copied: a pass without images must not find those of the pass before.
@@ -150,6 +154,8 @@ class RoutingRecorder:
         self.token_mask_T = _token_mask(args, kwargs)
 
     def _close(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if _is_compiled_step(kwargs):
+            return
         for layer in self._layers:
             layer.routed = None
         if output is None:
@@ -180,6 +186,14 @@ class RoutingRecorder:
                     "gradient_checkpointing_kwargs={'use_reentrant': False}, or moe.balance_loss_weight and "
                     "moe.z_loss_weight to 0."
                 )
+
+
+def _is_compiled_step(kwargs: dict[str, Any]) -> bool:
+    """Whether this is a step of `generate` that is one graph with the model around it, and keeps no record.
+
+    CUDA graphs write every step's results into the same memory, where a record would not last.
+    """
+    return torch.compiler.is_compiling() and kwargs.get("past_key_values") is not None
 
 
 def _token_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

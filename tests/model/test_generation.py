@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import CompileConfig, StaticCache
 
 from symphony_vlm.data.sample import ImagePart, Message, TextPart
 from symphony_vlm.errors import InputError
 from symphony_vlm.model.vlm import SymphonyVLMForConditionalGeneration as Model
+from symphony_vlm.moe.configuration import MoEConfig
 from symphony_vlm.moe.expert_graph import expert_graphs
+from symphony_vlm.moe.recording import sparse_layers
 
 NEW_TOKENS = 8
+MAX_POSITIONS = 128
 COLORS = ["red", "green", "blue", "white", "black", "orange"]
 
 
 @pytest.fixture(params=["dense", "moe"])
 def model(request: pytest.FixtureRequest) -> Model:
     """With weights large enough that greedy answers differ from prompt to prompt."""
-    chosen: Model = request.getfixturevalue({"dense": "tiny_model", "moe": "tiny_moe_model"}[request.param])
+    return with_large_weights(request.getfixturevalue({"dense": "tiny_model", "moe": "tiny_moe_model"}[request.param]))
+
+
+def with_large_weights(chosen: Model) -> Model:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, weight in chosen.named_parameters():
@@ -103,6 +111,55 @@ def test_a_left_padded_batch_has_the_logits_of_single_items(model: Model) -> Non
         logits = model(**alone, **images).logits[0]
         # Logits of about 10; masked attention and other matrix shapes change the order of fp32 sums.
         torch.testing.assert_close(together[row, -len(logits) :], logits, atol=2e-4, rtol=1e-4)
+
+
+@pytest.fixture(params=["smoe", "symphony_smoe", "xmoe", "glam"])
+def sparse_model(request: pytest.FixtureRequest, tiny_model_factory: Callable[..., Model]) -> Model:
+    return with_large_weights(tiny_model_factory(moe=MoEConfig(num_experts=4, router=request.param)))
+
+
+def new_static_cache(model: Model) -> StaticCache:
+    return StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=MAX_POSITIONS)
+
+
+@pytest.mark.parametrize("chosen", [ITEMS[:1], ITEMS], ids=["one prompt", "a padded batch"])
+def test_a_static_cache_gives_the_tokens_of_a_growing_one(
+    sparse_model: Model, chosen: list[tuple[list[Message], list[str]]]
+) -> None:
+    prompts, colors = [p for p, _ in chosen], [c for _, cs in chosen for c in cs]
+    growing = answer(sparse_model, prompts, colors)
+    assert answer(sparse_model, prompts, colors, cache_implementation="static") == growing
+    cache = new_static_cache(sparse_model)
+    for _ in range(2):  # the second time it has been filled, and emptied again
+        cache.reset()
+        assert answer(sparse_model, prompts, colors, past_key_values=cache) == growing
+
+
+@pytest.mark.parametrize(
+    "sparse_model",
+    ["symphony_smoe", *(pytest.param(router, marks=pytest.mark.slow) for router in ("smoe", "xmoe", "glam"))],
+    indirect=True,
+)
+def test_a_step_with_a_static_cache_is_one_graph(sparse_model: Model) -> None:
+    """Nothing of a step asks for a tensor's value: on CUDA it can be replayed without the host.
+
+    The experts are those of the compiled step on CUDA in fp32; on a CPU ``auto`` is a loop over their blocks.
+    """
+    for _, layer in sparse_layers(sparse_model):
+        layer.experts.implementation = "batched_mm"
+    settings = CompileConfig(fullgraph=True, dynamic=False, backend="eager", mode=None)
+    settings._compile_all_devices = True
+    prompts, colors = [p for p, _ in ITEMS], [c for _, cs in ITEMS for c in cs]
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    compiled = answer(
+        sparse_model, prompts, colors, past_key_values=new_static_cache(sparse_model), compile_config=settings
+    )
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 1
+    assert compiled == answer(sparse_model, prompts, colors)
+    # The record of compiled steps would be lost; that of the prompt is left, and what follows is recorded again.
+    assert sparse_model.routing is not None
+    sparse_model(input_ids=torch.tensor([[5, 6, 7]]))
+    assert {len(routed.indices_TK) for routed in sparse_model.routing.outputs.values()} == {3}
 
 
 def test_position_ids_follow_from_the_mask(model: Model) -> None:
