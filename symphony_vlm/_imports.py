@@ -1,6 +1,6 @@
 """What has to happen when other libraries are imported, without importing them ourselves.
 
-Two things, both done by one small finder at the front of ``sys.meta_path``:
+Three things, all done by one small finder at the front of ``sys.meta_path``:
 
 * *torchvision without its compiled operators.* torchvision wheels are compiled against one build of torch; beside
   another (a CPU build, say) its library does not load, and then ``import torchvision`` itself raises ``operator
@@ -10,6 +10,8 @@ Two things, both done by one small finder at the front of ``sys.meta_path``:
   ``ops.roi_align`` and ``torchvision.io`` do not and say so when called. On a healthy install nothing is changed.
 * *Registration with transformers' Auto classes.* ``import symphony_vlm`` stays free of torch and transformers (0.3 s
   instead of several); our classes register themselves when the Auto classes are first imported.
+* *bitsandbytes' warning.* PEFT imports bitsandbytes where it is installed, and on processors with bf16 instructions that
+  import warns of the package ``kernels``, which would fetch code from the hub. Nothing here needs it.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import logging
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -77,7 +80,14 @@ def _register(**modules: str) -> Callable[[], None]:
     return hook
 
 
-_BEFORE: dict[str, Callable[[], None]] = {"torchvision": _declare_torchvision_operators}
+def _quiet_bitsandbytes() -> None:
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
+_BEFORE: dict[str, Callable[[], None]] = {
+    "bitsandbytes": _quiet_bitsandbytes,
+    "torchvision": _declare_torchvision_operators,
+}
 _AFTER: dict[str, Callable[[], None]] = {
     "transformers.models.auto.configuration_auto": _register(config="configuration"),
     "transformers.models.auto.modeling_auto": _register(model="vlm", language_model="language_model"),

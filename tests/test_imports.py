@@ -167,6 +167,12 @@ def test_everything_is_registered_whichever_auto_module_comes_first(first: str) 
     assert result.stdout.strip() == "[1, 1, 1, 1]"
 
 
+def test_bitsandbytes_is_imported_without_words() -> None:
+    code = "import symphony_vlm, bitsandbytes"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout + done.stderr == ""
+
+
 def test_importing_the_package_is_fast_and_imports_nothing_heavy() -> None:
     program = (
         "import json, sys, time; start = time.perf_counter(); import symphony_vlm\n"

@@ -50,7 +50,7 @@ class ProgressDisplay(TrainerCallback):
         self._routers = routers
         self._show_panel = show_panel
         self._live: Live | None = None
-        self._loss = float("nan")
+        self._loss: float | None = None
         self._figures: list[str] = []
         self._step = self._total = self._num_lines = 0
         self._start = self._last = 0.0
@@ -119,7 +119,9 @@ class ProgressDisplay(TrainerCallback):
 
     def _notes(self) -> list[str]:
         rate = f"{self._rate:.1f} steps/s" if self._rate >= 1 else f"{1 / max(self._rate, 1e-9):.1f} s/step"
-        return [f"loss {self._loss:.3f}", *([rate] if self._step > self._first_step else []), *self._figures]
+        # The first step ends before its loss is logged.
+        loss = [] if self._loss is None else [f"loss {self._loss:.3f}"]
+        return [*loss, *([rate] if self._step > self._first_step else []), *self._figures]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         width = options.max_width
