@@ -57,9 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         recipes = [
-            only_stage(
-                recipe, options.stage, settings, folder, steps=options.steps, image_size=options.image_size
-            )
+            only_stage(recipe, options.stage, settings, folder, steps=options.steps, image_size=options.image_size)
             for recipe in names
         ]
         if options.against is None:
@@ -98,9 +96,7 @@ def measure_stage(
     return _facts(trainer, folder) | {"seconds": round(time.monotonic() - start, 1)}
 
 
-def measure_pair(
-    recipes: Sequence[Recipe], folder: Path, *, block: int, draw_on: str | None = None
-) -> dict[str, Any]:
+def measure_pair(recipes: Sequence[Recipe], folder: Path, *, block: int, draw_on: str | None = None) -> dict[str, Any]:
     """Runs the one stage of two recipes in turn.
 
     Args:
@@ -194,7 +190,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("stage", help="the name of one of its multimodal or language stages")
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps (default 20)")
     parser.add_argument("--against", help="a second recipe, to be trained in turn with the first")
-    parser.add_argument("--block", type=int, default=5, help="with --against: steps before the other's turn (default 5)")
+    parser.add_argument(
+        "--block", type=int, default=5, help="with --against: steps before the other's turn (default 5)"
+    )
     parser.add_argument("--image-size", type=int, default=336, help="pixels of the generated pictures (default 336)")
     parser.add_argument("--draw-on", default=None, help="device on which random weights are drawn (default: the GPU)")
     parser.add_argument("--profile", type=Path, help="file for a table of where the time of the steps went")
