@@ -31,6 +31,7 @@ import torch
 from accelerate import PartialState
 from rich.console import Console
 from torch.profiler import profile
+from transformers import set_seed
 
 from benchmarks.paired_stages import compare, train_in_turn
 from benchmarks.stage_recipe import only_stage
@@ -141,6 +142,7 @@ def _prepare(recipe: Recipe, folder: Path, draw_on: str | None) -> StageTrainer:
     PartialState(cpu=device == "cpu")
     context = open_run(recipe, folder, RunState(folder, recipe), Console(stderr=True))
     stage = with_accumulation(recipe.stages[0], 1)
+    set_seed(recipe.seed)
     trainer: StageTrainer
     if stage.kind == "language":
         trainer, _ = prepare_language(stage, context)

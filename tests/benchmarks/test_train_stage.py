@@ -50,6 +50,7 @@ SMALL = [
     "model.language.architecture.num_hidden_layers=1",
     "model.language.architecture.num_attention_heads=2",
     "model.language.architecture.max_position_embeddings=32",
+    *(f"model.language.architecture.{name}=0.0" for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")),
     "model.language.vocab_size=500",
     "model.moe.num_experts=4",
     "max_length=16",

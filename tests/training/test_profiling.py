@@ -56,7 +56,8 @@ class Part(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         def run(x: Tensor) -> Tensor:
-            return Products.apply(x * self.weight, self._times)  # type: ignore[no-any-return]
+            # The last factor's gradient needs the products' result, so that they are computed again.
+            return Products.apply(x * self.weight, self._times) * self.weight  # type: ignore[no-any-return]
 
         return checkpoint(run, x, use_reentrant=False) if self._recomputed else run(x)  # type: ignore[no-any-return]
 
