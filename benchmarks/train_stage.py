@@ -31,11 +31,13 @@ import torch
 from accelerate import PartialState
 from rich.console import Console
 from torch.profiler import profile
+from transformers import set_seed
 
 from benchmarks.paired_stages import compare, train_in_turn
 from benchmarks.stage_recipe import only_stage
 from symphony_vlm.config.recipe import Recipe
 from symphony_vlm.files import write_json
+from symphony_vlm.training.callbacks import RoutingLog
 from symphony_vlm.training.engine import with_accumulation
 from symphony_vlm.training.language import prepare_language
 from symphony_vlm.training.provenance import provenance
@@ -53,7 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point."""
     options = _parse(arguments)
     names = [options.recipe, *([] if options.against is None else [options.against])]
-    settings = options.settings if options.against is None else [f"log_steps={options.block}", *options.settings]
+    # Reading the routers' statistics at every step would be a part of what is compared.
+    pair = [] if options.against is None else [f"log_steps={max(1, options.steps // 4)}"]
+    settings = [*pair, *options.settings]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         recipes = [
@@ -138,6 +142,7 @@ def _prepare(recipe: Recipe, folder: Path, draw_on: str | None) -> StageTrainer:
     PartialState(cpu=device == "cpu")
     context = open_run(recipe, folder, RunState(folder, recipe), Console(stderr=True))
     stage = with_accumulation(recipe.stages[0], 1)
+    set_seed(recipe.seed)
     trainer: StageTrainer
     if stage.kind == "language":
         trainer, _ = prepare_language(stage, context)
@@ -146,6 +151,9 @@ def _prepare(recipe: Recipe, folder: Path, draw_on: str | None) -> StageTrainer:
             trainer, _ = prepare_multimodal(stage, context)
     trainer.args.save_strategy = trainer.args.eval_strategy = "no"
     trainer.args.eval_on_start = False
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, RoutingLog):
+            callback.points = 1  # twenty over a stage are one in a thousand steps of a real one, and every other here
     return trainer
 
 

@@ -10,8 +10,8 @@ Three things, all done by one small finder at the front of ``sys.meta_path``:
   ``ops.roi_align`` and ``torchvision.io`` do not and say so when called. On a healthy install nothing is changed.
 * *Registration with transformers' Auto classes.* ``import symphony_vlm`` stays free of torch and transformers (0.3 s
   instead of several); our classes register themselves when the Auto classes are first imported.
-* *bitsandbytes' warning.* PEFT imports bitsandbytes where it is installed, and on processors with bf16 instructions that
-  import warns of the package ``kernels``, which would fetch code from the hub. Nothing here needs it.
+* *bitsandbytes' warning.* PEFT imports bitsandbytes where it is installed, and on processors with bf16 instructions
+  that import warns of the package ``kernels``, which would fetch code from the hub. Nothing here needs it.
 """
 
 from __future__ import annotations

@@ -55,6 +55,9 @@ def quickstart(
 def train(
     config: Annotated[str, typer.Option(help="A recipe's name (see `config list`) or a YAML file.")],
     output: Annotated[Optional[Path], typer.Option(help="The run's folder; default runs/NAME.")] = None,  # noqa: UP045
+    profile: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Profile N steps of each stage: a trace and a table in its folder.")
+    ] = 0,
     json_: Json = False,
     local_rank: LocalRank = None,
     overrides: Overrides = None,
@@ -68,7 +71,8 @@ def train(
     recipe = load_recipe(config, overrides or [])
     from symphony_vlm.training.run import train as run
 
-    result = run(recipe, output or Path("runs") / recipe.name, console=console(), local_rank=local_rank)
+    folder = output or Path("runs") / recipe.name
+    result = run(recipe, folder, console=console(), local_rank=local_rank, profile_steps=profile)
     if os.environ.get("RANK", "0") == "0":
         finish(result.to_dict(), json_, f"model: {result.run / 'model'} (step {result.step}, loss {result.loss:.4f})")
 

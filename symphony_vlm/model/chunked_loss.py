@@ -3,7 +3,7 @@
 Shape letters: B batch, S sequence, D hidden size, V vocabulary, N supervised tokens, n those of a chunk.
 
 The logits of a chunk are made, and at once the gradients that follow from them, before the next chunk's: nothing as
-large as ``[N, V]`` exists, and the backward pass computes nothing again. It is the scheme of Liger Kernel's fused linear
+large as ``[N, V]`` exists, and the backward pass computes nothing again. It is the scheme of Liger Kernel's linear
 cross entropy (arXiv 2410.10989), out of whole operations instead of a kernel. Whatever a family does to its logits
 after the head (Gemma's soft cap, Cohere's scale) is done by its own code: its causal LM's forward runs for every chunk,
 with the decoder's output given to it.

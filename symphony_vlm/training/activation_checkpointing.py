@@ -1,4 +1,4 @@
-"""Activation checkpointing of some of a model's layers: which ones give up their memory is a matter of how much there is.
+"""Activation checkpointing of some of a model's layers: which ones, is a matter of how much memory there is.
 
 A checkpointed layer keeps its input alone and runs again in the backward pass, a quarter of all arithmetic if every
 layer does. What fits without should go without.

@@ -100,7 +100,7 @@ class RoutingLog(TrainerCallback):
         self._path = path
         self._recorder = recorder
         self._tensorboard = tensorboard
-        self._points = points
+        self.points = points
         self._drift: GraphDrift | None = None
         self._writer: Any = None
         self._entry: dict[str, Any] = {}
@@ -120,7 +120,7 @@ class RoutingLog(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         assert self._drift is not None
         self._drift.step()
-        every = max(1, state.max_steps // self._points)
+        every = max(1, state.max_steps // self.points)
         # The Trainer's own callback, the first in line, has already decided whether to save.
         if state.global_step % every and state.global_step != state.max_steps and not control.should_save:
             return

@@ -36,6 +36,7 @@ from symphony_vlm.training.engine import close_engine, engine_arguments
 from symphony_vlm.training.expert_parallel import ExpertParallelTrainer
 from symphony_vlm.training.gathering import frozen_weights, gather_, is_sharded, refuse_empty_tensors
 from symphony_vlm.training.monitor import StageMonitor
+from symphony_vlm.training.profiling import StageProfile
 from symphony_vlm.training.reporting import reporters
 from symphony_vlm.training.run_data import RunData
 from symphony_vlm.training.run_state import RunState
@@ -59,6 +60,8 @@ class RunContext:
     tokenizer: Any
     state: RunState
     console: Console
+    profile_steps: int = 0
+    """Of each stage; see `profiling`."""
 
     def model_folder(self, stage: str) -> Path:
         """Where a stage's result is."""
@@ -168,6 +171,9 @@ def make_trainer(
         # Before the trainer is built, which asks the model about it.
         checkpoint_layers_(model, stage.checkpointed_parts, every=stage.checkpoint_every)
     average = None if stage.ema_decay is None else WeightAverage(stage.ema_decay)
+    profiled = None
+    if context.profile_steps and PartialState().is_main_process:
+        profiled = StageProfile(model, context.profile_steps, folder / "profile", report)
     trainer = trainer_class(
         model=model,
         args=arguments,
@@ -185,7 +191,9 @@ def make_trainer(
         sampler=sampler,
         average=average,
         monitor=monitor,
+        profiled=profiled,
         callbacks=[
+            *([] if profiled is None else [profiled]),
             *callbacks,
             *([] if average is None else [average]),
             *monitor.callbacks,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +39,12 @@ class TrainResult:
 
 
 def train(
-    recipe: Recipe, output: Path, *, console: Console | None = None, local_rank: int | None = None
+    recipe: Recipe,
+    output: Path,
+    *,
+    console: Console | None = None,
+    local_rank: int | None = None,
+    profile_steps: int = 0,
 ) -> TrainResult:
     """Runs every stage that is not done yet.
 
@@ -48,6 +53,7 @@ def train(
         output: the run's folder, see ``RUN/`` in the README.
         console: where progress goes; default: standard error.
         local_rank: what the deepspeed launcher has put on the command line.
+        profile_steps: how many steps of each stage are profiled, see `profiling`.
 
     Raises:
         InputError: the data or the settings cannot be used, the folder holds another recipe's run, or the processes
@@ -76,7 +82,7 @@ def train(
         if all(state.is_done(stage.name) for stage in recipe.stages):
             console.print(f"{output}: every stage is done", markup=False)
             return _result(recipe, output, state)
-        context = open_run(recipe, output, state, console)
+        context = replace(open_run(recipe, output, state, console), profile_steps=profile_steps)
     for stage in recipe.stages:
         if not state.is_done(stage.name):
             run_stage(stage, context)

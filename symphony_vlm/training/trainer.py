@@ -26,6 +26,7 @@ from symphony_vlm.training.engine import opening_accelerate
 from symphony_vlm.training.gathering import is_sharded
 from symphony_vlm.training.interruption import StopOnSignal
 from symphony_vlm.training.monitor import StageMonitor
+from symphony_vlm.training.profiling import StageProfile
 from symphony_vlm.training.streamed import StreamedConversations
 from symphony_vlm.training.validation import undisturbed
 
@@ -120,6 +121,7 @@ class StageTrainer(Trainer):
         consumption: counts the records that are trained on.
         average: of the weights, which validation then uses.
         monitor: watches speed and finiteness.
+        profiled: profiles some steps.
         checkpoints: saves them; None: as the Trainer does.
         callbacks: what happens beside.
     """
@@ -134,6 +136,7 @@ class StageTrainer(Trainer):
         consumption: Consumption | None = None,
         average: WeightAverage | None = None,
         monitor: StageMonitor | None = None,
+        profiled: StageProfile | None = None,
         checkpoints: Checkpoints | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         **kwargs: Any,
@@ -149,6 +152,7 @@ class StageTrainer(Trainer):
         self.consumption = consumption
         self.average = average
         self.monitor = monitor
+        self._profiled = profiled
         # By name the weighted sum and the sum of weights: a micro-batch without images has no losses of layers there.
         self._parts: dict[str, Tensor] = {}
 
@@ -200,7 +204,8 @@ class StageTrainer(Trainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
         """The micro-batches of a step. One of placeholders only has no supervised token; its share is 0 and not 0/0."""
-        with nullcontext() if self.monitor is None else self.monitor.throughput.loading():
+        profiled = nullcontext() if self._profiled is None else self._profiled.loading()
+        with profiled, nullcontext() if self.monitor is None else self.monitor.throughput.loading():
             batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.monitor is not None:
             self.monitor.throughput.take([batch[NOTES]["sizes"] for batch in batches])

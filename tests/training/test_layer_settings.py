@@ -25,6 +25,7 @@ from symphony_vlm.moe.configuration import MoEConfig
 from symphony_vlm.training.activation_checkpointing import checkpoint_layers_
 from symphony_vlm.training.compilation import compile_layers_
 from symphony_vlm.training.fitting import _loading
+from symphony_vlm.training.profiling import parts_of
 from symphony_vlm.training.run import train
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2}
@@ -144,3 +145,14 @@ def test_on_cuda_batches_come_ahead_of_time_from_pinned_memory() -> None:
     # PyTorch refuses both where there is no worker.
     alone = _loading(stage.model_copy(update={"dataloader_workers": 0}), cuda=True, augments=False)
     assert not {"dataloader_persistent_workers", "dataloader_prefetch_factor"} & alone.keys()
+
+
+def test_a_profile_tells_parts_apart_and_leaves_compiled_layers_whole() -> None:
+    model = build(MoEConfig(layers="alternate"))
+    found = set(parts_of(model).values())
+    assert found == {
+        "model, rest", "vision tower", "projector", "language model, rest", "language attention", "experts", "routers",
+        "language feed-forward", "head and loss",
+    }  # fmt: skip
+    compile_layers_(model, torch.device("cpu"), backend="eager")
+    assert set(parts_of(model).values()) == found - {"language attention", "language feed-forward"}
