@@ -2,11 +2,13 @@
 
 The loop is what evaluation scripts of published models do: for each question it opens the picture, encodes it and
 generates with a KV cache, one question at a time. The runner answers the same questions through `run_cell`, files and
-scores included; it encodes each picture once for all of its questions and answers in batches of like length. Their
+scores included; it encodes each picture once for all of its questions and answers in batches of like length. With
+shared prefixes, as it does by itself, the language model too reads a picture once for its questions of a batch. All
 answers must be equal, token for token.
 
-The model is the one of the recipe ``instruct_small`` with random weights, which seldom ends an answer: each takes all
-of its new tokens, as many in the loop as in a batch. Questions are those of generated scenes, eight a picture.
+Models have random weights and seldom end an answer: each takes all of its new tokens, as many in the loop as in a
+batch. The first is that of the recipe ``instruct_small``, the other one whose pictures are as long as those of larger
+models. Questions are those of generated scenes, eight a picture.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.measure import Case
+from benchmarks.second_turn import picture_model
 from symphony_vlm.config.loading import load_recipe
 from symphony_vlm.data.datasets import open_samples
 from symphony_vlm.data.scenes import generate_scenes
@@ -36,7 +39,7 @@ __all__ = ["answers_as_numbers", "cases", "random_model"]
 
 
 def cases(*, tiny: bool, device: torch.device) -> Iterator[Case]:
-    """Answers of 1 token (a letter, yes or no) and of 16.
+    """Answers of 1 token (a letter, yes or no) and of 16; one model with short and one with long pictures.
 
     Args:
         tiny: sizes for a test of the benchmark.
@@ -49,6 +52,8 @@ def cases(*, tiny: bool, device: torch.device) -> Iterator[Case]:
         items = list(get_task("scenes").load(folder / "scenes", None, folder, 0))
         for longest in (2,) if tiny else (1, 16):
             yield _case(model, items, longest, folder)
+        if not tiny:
+            yield _case(picture_model(256, 6, image_size=336).to(device), items[:16], 1, folder)
 
 
 def random_model(recipe_name: str, conversations: Path, folder: Path) -> Any:
@@ -65,9 +70,16 @@ def random_model(recipe_name: str, conversations: Path, folder: Path) -> Any:
 def _case(model: Any, items: Sequence[EvaluationItem], longest: int, folder: Path) -> Case:
     contenders = {"one by one": _one_by_one(model, items, longest)}
     for batch_size in (8, 64):
-        contenders[f"batches of {batch_size}"] = _runner(model, items, longest, folder, batch_size)
+        for share, label in ((False, "whole prompts"), (True, "shared prefixes")):
+            run = _runner(model, items, longest, folder, batch_size, share)
+            contenders[f"batches of {batch_size}, {label}"] = run
     pictures = len({item.image_key for item in items})
-    settings: dict[str, int | str] = {"questions": len(items), "pictures": pictures, "new tokens": longest}
+    settings: dict[str, int | str] = {
+        "questions": len(items),
+        "pictures": pictures,
+        "tokens of a picture": model.config.num_image_tokens,
+        "new tokens": longest,
+    }
     return Case(settings=settings, contenders=contenders, items=("questions", len(items)))
 
 
@@ -84,10 +96,10 @@ def _one_by_one(model: Any, items: Sequence[EvaluationItem], longest: int) -> Ca
 
 
 def _runner(
-    model: Any, items: Sequence[EvaluationItem], longest: int, folder: Path, batch_size: int
+    model: Any, items: Sequence[EvaluationItem], longest: int, folder: Path, batch_size: int, share: bool
 ) -> Callable[[], Sequence[Tensor]]:
     cell = Cell(task=get_task("scenes"), corruption="none", severity=0, seed=0)
-    predictor = Predictor(model, batch_size=batch_size, max_new_tokens=longest)
+    predictor = Predictor(model, batch_size=batch_size, max_new_tokens=longest, share_prefixes=share)
     path = folder / "predictions" / cell.file_name
 
     def run() -> Sequence[Tensor]:

@@ -26,7 +26,7 @@ from symphony_vlm.model.vlm import SymphonyVLMForConditionalGeneration
 from symphony_vlm.moe.configuration import MoEConfig
 from symphony_vlm.serving.chat import ChatSession
 
-__all__ = ["cases"]
+__all__ = ["cases", "picture_model"]
 
 _QUESTIONS = ("How many shapes are there?", "What is left of the circle?")
 """Asked in turn, so that the second turn before has left no more than the first turn did."""
@@ -40,7 +40,7 @@ def cases(*, tiny: bool, device: torch.device) -> Iterator[Case]:
         device: where the model is.
     """
     size, layers = (32, 1) if tiny else (256, 6)
-    model = _model(size, layers, image_size=56 if tiny else 336).to(device)
+    model = picture_model(size, layers, image_size=56 if tiny else 336).to(device)
     picture = Image.effect_noise((400, 300), 60).convert("RGB")
     yield Case(
         settings={"hidden size": size, "layers": layers, "image tokens": model.config.num_image_tokens},
@@ -77,7 +77,8 @@ def _second_turn(model: SymphonyVLMForConditionalGeneration, picture: Image.Imag
     return run
 
 
-def _model(size: int, layers: int, image_size: int) -> SymphonyVLMForConditionalGeneration:
+def picture_model(size: int, layers: int, image_size: int) -> SymphonyVLMForConditionalGeneration:
+    """A random model with experts and a picture of ``(image_size / 14)^2`` tokens."""
     template = get_template("compact")
     markers = [marker for marker in template.special_tokens if marker != template.answer_end]
     tokenizer = train_tokenizer([*_QUESTIONS] * 20, vocab_size=400, special_tokens=markers, end_token="<|end|>")

@@ -30,10 +30,10 @@ class Answer(str):
 
 
 def prompt_facts(inputs: Mapping[str, Tensor]) -> list[dict[str, Any]]:
-    """Of each row of left-padded ``input_ids`` and ``attention_mask``: its length and the sha256 of its ids as JSON."""
+    """Of each row of padded ``input_ids`` and ``attention_mask``: its length and the sha256 of its ids as JSON."""
     facts = []
     for ids, mask in zip(inputs["input_ids"].tolist(), inputs["attention_mask"].tolist(), strict=True):
-        prompt = ids[len(ids) - sum(mask) :]
+        prompt = [token for token, real in zip(ids, mask, strict=True) if real]
         digest = hashlib.sha256(json.dumps(prompt).encode()).hexdigest()
         facts.append({"prompt_sha256": digest, "n_prompt_tokens": len(prompt)})
     return facts

@@ -21,6 +21,7 @@ from symphony_vlm.evaluation.cells import Cell
 from symphony_vlm.evaluation.pictures import OpenedPictures, Picture
 from symphony_vlm.evaluation.predictor import AnswersItems
 from symphony_vlm.evaluation.processes import ALONE, Processes
+from symphony_vlm.evaluation.prompts import order_by_picture
 from symphony_vlm.evaluation.records import Record, RecordWriter, merge_records, part_path, read_records
 from symphony_vlm.evaluation.task import EvaluationItem
 
@@ -174,8 +175,9 @@ class _Batches:
         failed = [one for one in asked if one.failure is not None]
         if failed:
             yield [self._record(one, one.failure, encoding) for one in failed]
-        # Batches of equal length waste no padding.
-        good = sorted((one for one in asked if one.failure is None), key=lambda one: one.length)
+        good = [one for one in asked if one.failure is None]
+        order = order_by_picture([one.item.image_key for one in good], [one.length for one in good])
+        good = [good[i] for i in order]
         while good:
             batch, good = good[: self._batch_size], good[self._batch_size :]
             start = time.monotonic()

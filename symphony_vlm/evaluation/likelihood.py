@@ -20,12 +20,11 @@ from symphony_vlm.errors import InputError
 from symphony_vlm.evaluation.answer import Answer, prompt_facts
 from symphony_vlm.evaluation.item import EvaluationItem
 from symphony_vlm.evaluation.options import Options
+from symphony_vlm.evaluation.prompts import Features, Prompts, read_prompts
 from symphony_vlm.model.processor import SymphonyVLMProcessor
 from symphony_vlm.model.vlm import SymphonyVLMForConditionalGeneration
 
 __all__ = ["OptionScore", "choose", "option_scores"]
-
-Features = Sequence[Sequence[Tensor] | None]
 
 
 @dataclass(frozen=True)
@@ -47,6 +46,8 @@ def choose(
     items: Sequence[EvaluationItem],
     features: Features,
     options: Sequence[Options],
+    *,
+    share: bool = False,
 ) -> list[Answer]:
     """The likeliest option of each item, the first of equals.
 
@@ -55,6 +56,7 @@ def choose(
         items: questions, one batch.
         features: for each item the features of its images in order, or None.
         options: of each item.
+        share: see `read_prompts`.
 
     Returns:
         Answers whose facts hold the log probabilities, and under ``prediction_per_token`` what the mean over tokens
@@ -64,11 +66,11 @@ def choose(
         item if offered.question is None else replace(item, question=offered.question)
         for item, offered in zip(items, options, strict=True)
     ]
-    inputs = _prompts(model, asked, features)
-    scores = option_scores(model, asked, features, [offered.texts for offered in options], inputs=inputs)
+    prompts = read_prompts(model, [item.messages for item in asked], features, share=share)
+    scores = option_scores(model, asked, features, [offered.texts for offered in options], prompts=prompts)
     return [
         _answer(offered, found, facts)
-        for offered, found, facts in zip(options, scores, prompt_facts(inputs), strict=True)
+        for offered, found, facts in zip(options, scores, prompt_facts(prompts.inputs), strict=True)
     ]
 
 
@@ -95,7 +97,7 @@ def option_scores(
     features: Features,
     texts: Sequence[Sequence[str]],
     *,
-    inputs: dict[str, Tensor] | None = None,
+    prompts: Prompts | None = None,
 ) -> list[list[OptionScore]]:
     """Log probabilities of texts as answers to items.
 
@@ -104,27 +106,26 @@ def option_scores(
         items: questions.
         features: for each item the features of its images in order, or None.
         texts: for each item at least one text.
-        inputs: the prompts, if they are already encoded.
+        prompts: the same, if they are already encoded; what they have read is used up.
 
     Raises:
         InputError: an option is empty, or the tokenizer cannot write it.
     """
     assert model.processor is not None
-    inputs = inputs or _prompts(model, items, features)
+    prompts = prompts or read_prompts(model, [item.messages for item in items], features, share=False)
     ids_R = [
         _option_ids(model.processor, item, images, text)
         for item, images, offered in zip(items, features, texts, strict=True)
         for text in offered
     ]
     prompt_R = [index for index, offered in enumerate(texts) for _ in offered]
-    present = [image for images in features for image in images or ()]
-    output = model(**inputs, image_features=present or None, use_cache=True, logits_to_keep=1)
+    output = model(**prompts.for_forward, use_cache=True, logits_to_keep=1)
     first_BV = output.logits[:, -1].float().log_softmax(-1)
     sums_R = torch.stack([first_BV[prompt, ids[0]] for prompt, ids in zip(prompt_R, ids_R, strict=True)]).double()
     longer = [row for row, ids in enumerate(ids_R) if len(ids) > 1]
     if longer:
         rest = _rest(
-            model, inputs, output.past_key_values, [prompt_R[row] for row in longer], [ids_R[r] for r in longer]
+            model, prompts.inputs, output.past_key_values, [prompt_R[row] for row in longer], [ids_R[r] for r in longer]
         )
         sums_R[torch.tensor(longer, device=sums_R.device)] += rest
     scores = iter([OptionScore(total, len(ids)) for total, ids in zip(sums_R.tolist(), ids_R, strict=True)])
@@ -154,15 +155,6 @@ def _rest(
     log_RSV = output.logits.float().log_softmax(-1)
     found_RS = log_RSV.gather(-1, padded_RS[:, 1:, None])[..., 0].double()
     return torch.where(real_RS[:, 1:], found_RS, 0.0).sum(-1)
-
-
-def _prompts(
-    model: SymphonyVLMForConditionalGeneration, items: Sequence[EvaluationItem], features: Features
-) -> dict[str, Tensor]:
-    assert model.processor is not None
-    counts = [None if images is None else [len(image) for image in images] for images in features]
-    inputs = model.processor.encode_prompts([item.messages for item in items], counts)
-    return {name: tensor.to(model.device) for name, tensor in inputs.items()}
 
 
 def _option_ids(

@@ -13,6 +13,7 @@ from symphony_vlm.evaluation.answer import Answer, prompt_facts
 from symphony_vlm.evaluation.item import EvaluationItem
 from symphony_vlm.evaluation.likelihood import choose
 from symphony_vlm.evaluation.options import Options
+from symphony_vlm.evaluation.prompts import can_share_prefixes, order_by_picture, read_prompts
 from symphony_vlm.model.model_input import ModelInput, model_input
 from symphony_vlm.model.vlm import SymphonyVLMForConditionalGeneration
 
@@ -45,6 +46,8 @@ class Predictor:
         max_new_tokens: longest answer.
         options: item -> its options, the likeliest of which is the answer, or None; default: all answers are written.
         encoder: the vision tower, where other models have it too; default: the model's own.
+        share_prefixes: whether questions about the same picture are read together up to its end (`prompts`), where
+            the language model allows it.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class Predictor:
         max_new_tokens: int,
         options: Callable[[EvaluationItem], Options | None] = lambda item: None,
         encoder: EncodesPictures | None = None,
+        share_prefixes: bool = True,
     ) -> None:
         assert model.processor is not None
         self._model = model
@@ -63,6 +67,7 @@ class Predictor:
         self._max_new_tokens = max_new_tokens
         self._options = options
         self._encoder = encoder
+        self._share = share_prefixes and can_share_prefixes(model)
 
     @property
     def model(self) -> SymphonyVLMForConditionalGeneration:
@@ -93,8 +98,8 @@ class Predictor:
             items: questions.
             features: for each item the features of its images in order, or None.
         """
-        # Batches of equal length waste no padding; the answers return to the order of the items.
-        order = sorted(range(len(items)), key=lambda i: len(items[i].question))
+        # The answers return to the order of the items.
+        order = order_by_picture([item.image_key for item in items], [len(item.question) for item in items])
         answers: dict[int, Answer] = {}
         for start in range(0, len(order), self._batch_size):
             chosen = order[start : start + self._batch_size]
@@ -122,23 +127,15 @@ class Predictor:
         features: Sequence[Sequence[Tensor] | None],
         options: Sequence[Options],
     ) -> list[Answer]:
-        return choose(self._model, items, features, options)
+        return choose(self._model, items, features, options, share=self._share)
 
     @torch.no_grad()
     def _write(self, items: Sequence[EvaluationItem], features: Sequence[Sequence[Tensor] | None]) -> list[Answer]:
-        present = [image for images in features for image in images or ()]
-        counts = [None if images is None else [len(image) for image in images] for images in features]
-        inputs: dict[str, Any] = self._processor.encode_prompts([item.messages for item in items], counts)
-        inputs = {name: tensor.to(self._model.device) for name, tensor in inputs.items()}
-        ids = self._model.generate(
-            **inputs,
-            image_features=present or None,
-            max_new_tokens=self._max_new_tokens,
-            do_sample=False,
-        )
-        new = ids[:, inputs["input_ids"].shape[1] :]
+        prompts = read_prompts(self._model, [item.messages for item in items], features, share=self._share)
+        ids = self._model.generate(**prompts.for_generate, max_new_tokens=self._max_new_tokens, do_sample=False)
+        new = ids[:, prompts.inputs["input_ids"].shape[1] :]
         texts = self._processor.decode_answers(new)
-        facts = zip(prompt_facts(inputs), self._generation_facts(new), strict=True)
+        facts = zip(prompt_facts(prompts.inputs), self._generation_facts(new), strict=True)
         return [Answer(text, prompt | generated) for text, (prompt, generated) in zip(texts, facts, strict=True)]
 
     def _generation_facts(self, new_BS: Tensor) -> list[dict[str, Any]]:

@@ -106,6 +106,11 @@ class SymphonyPreTrainedModel(PreTrainedModel):
         loss, parts = loss_of_step(summed, supervised_BS.sum(), self.routing, num_items_in_batch=num_items_in_batch)
         return SymphonyOutput(**_known(outputs) | {"loss": loss, "loss_parts": parts})
 
+    def _supports_logits_to_keep(self) -> bool:
+        """Whether `generate` can ask for the last token's logits alone. Transformers looks for an argument by name."""
+        supports: bool = self.language_model._supports_logits_to_keep()
+        return supports
+
     def get_input_embeddings(self) -> nn.Module:
         """The language model's token embedding."""
         embedding: nn.Module = self.language_model.get_input_embeddings()

@@ -113,6 +113,14 @@ def test_a_left_padded_batch_has_the_logits_of_single_items(model: Model) -> Non
         torch.testing.assert_close(together[row, -len(logits) :], logits, atol=2e-4, rtol=1e-4)
 
 
+def test_generation_computes_the_logits_of_the_last_token_alone(model: Model) -> None:
+    lengths: list[int] = []
+    head = model.get_output_embeddings()
+    head.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
+    answer(model, [ITEMS[0][0]], ITEMS[0][1])
+    assert lengths == [1] * NEW_TOKENS
+
+
 @pytest.fixture(params=["smoe", "symphony_smoe", "xmoe", "glam"])
 def sparse_model(request: pytest.FixtureRequest, tiny_model_factory: Callable[..., Model]) -> Model:
     return with_large_weights(tiny_model_factory(moe=MoEConfig(num_experts=4, router=request.param)))

@@ -38,7 +38,14 @@ class RoutedPredictor(Predictor):
         options: Callable[[EvaluationItem], Options | None] = lambda item: None,
         encoder: EncodesPictures | None = None,
     ) -> None:
-        super().__init__(model, batch_size=batch_size, max_new_tokens=max_new_tokens, options=options, encoder=encoder)
+        super().__init__(
+            model,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            options=options,
+            encoder=encoder,
+            share_prefixes=False,  # what is taken down is one pass over the whole prompts
+        )
         self._capture = capture
         self._sink = sink
 
