@@ -52,6 +52,10 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option(help="About so many questions per cell, of whole pictures.", min=1)
     ] = None,
+    corrupted_limit: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="The same for corrupted cells; default: as many.", min=1),
+    ] = None,
     budget: Annotated[
         Optional[float],  # noqa: UP045
         typer.Option(
@@ -104,6 +108,7 @@ def evaluate(
         corrupt_at=parse_corrupt_at(corrupt_at),
         attacks=parse_attacks(attack),
         limit=limit,
+        corrupted_limit=corrupted_limit,
         budget_minutes=budget,
         seed=seed,
         batch_size=batch_size,
