@@ -53,8 +53,8 @@ def _explanation(unit: Unit) -> list[str]:
     means = ["Perplexity per word (line ends are words), from the mean over seeds of nats per word."]
     if unit.higher_is_better:
         means = [
-            "Accuracy in percent, the mean over seeds; corrupted: over all common corrupted cells; retention: corrupted",
-            "over clean on the same pictures.",
+            "Accuracy in percent, the mean over seeds; corrupted: over all common corrupted cells; retention:",
+            "corrupted over clean on the same pictures.",
         ]
     return [
         *means,
@@ -130,5 +130,7 @@ def _scale(unit: Unit) -> float:
     return 100.0 if unit.higher_is_better else 1.0
 
 
-def _with_interval(value: dict[str, Any], scale: float) -> str:
+def _with_interval(value: dict[str, Any] | None, scale: float) -> str:
+    if value is None:
+        return "-"
     return f"{scale * value['value']:.2f} [{scale * value['ci_low']:.2f}, {scale * value['ci_high']:.2f}]"

@@ -50,21 +50,26 @@ def mean_over_seeds(sums_SG: ArrayLike, weights_G: ArrayLike, *, seed: int = 0) 
 
 def ratio_over_seeds(
     over_SG: ArrayLike, over_weights_G: ArrayLike, under_SG: ArrayLike, under_weights_G: ArrayLike, *, seed: int = 0
-) -> Interval:
+) -> Interval | None:
     """The ratio of two means over seeds, e.g. corrupted over clean accuracy; both see the same resamples.
 
     Args:
         over_SG: ``[S, G]`` sums above the line.
         over_weights_G: ``[G]``.
-        under_SG: ``[S, G]`` sums below, positive, of the same seeds and clusters.
+        under_SG: ``[S, G]`` sums below, of the same seeds and clusters.
         under_weights_G: ``[G]``.
         seed: of the resamples.
+
+    Returns:
+        None if the mean below is 0.
     """
     pairs = [
         (np.asarray(sums, dtype=np.float64), np.asarray(weights, dtype=np.float64))
         for sums, weights in ((over_SG, over_weights_G), (under_SG, under_weights_G))
     ]
     over, under = (sums.mean(0).sum() / weights.sum() for sums, weights in pairs)
+    if under == 0:
+        return None
     with np.errstate(divide="ignore", invalid="ignore"):
         replicates = _resampled(*pairs[0], seed) / _resampled(*pairs[1], seed)
     return percentile_interval(float(over / under), replicates)

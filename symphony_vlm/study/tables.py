@@ -132,12 +132,12 @@ def _transformed(setting: Setting, value: float) -> float:
     return value if setting.unit.higher_is_better else math.exp(value)
 
 
-def _retention(setting: Setting, scores: ArmScores, condition: str) -> dict[str, float]:
+def _retention(setting: Setting, scores: ArmScores, condition: str) -> dict[str, float] | None:
     clean = setting.clean_of(condition)
     found = ratio_over_seeds(
         scores.sums(condition), scores.weights(condition), scores.sums(clean), scores.weights(clean)
     )
-    return {"value": found.value, "ci_low": found.low, "ci_high": found.high}
+    return None if found is None else {"value": found.value, "ci_low": found.low, "ci_high": found.high}
 
 
 def _compared(setting: Setting, pair: Pair, arm: ArmScores, baseline: ArmScores) -> list[dict[str, Any]]:
