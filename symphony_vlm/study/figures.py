@@ -109,7 +109,9 @@ def _relative_entropy(entry: Mapping[str, Any]) -> float:
 
 def _draw_graphs(logs: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
     """A row for each arm: the first sparse layer's graph of the first seed over the steps, its diagonal left out."""
-    title = "expert graphs over training, first seed, first sparse layer; receives: rows, gives: columns"
+    title = (
+        "expert graphs over training, first seed, first sparse layer\nrows receive, columns give; a scale for each arm"
+    )
     with _panels(path, _TIMES * len(logs), title, columns=_TIMES, size=(2.0, 2.0)) as panels:
         rows = iter(panels)
         for arm, log in logs.items():
@@ -142,7 +144,7 @@ def _panels(
     columns = min(columns, count)
     rows = math.ceil(count / columns)
     with mpl.rc_context(STYLE):
-        figure: Figure = Figure(figsize=(size[0] * max(columns, 2), size[1] * rows + 0.4), layout="constrained")
+        figure: Figure = Figure(figsize=(size[0] * max(columns, 2), size[1] * rows + 0.5), layout="constrained")
         figure.suptitle(title, x=0.01, ha="left", fontsize=9, color=INK)
         grid = figure.subplots(rows, columns, squeeze=False, sharey=share_y).ravel()
         for axes in grid[count:]:

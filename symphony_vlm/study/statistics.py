@@ -8,8 +8,6 @@ Shape letters: S seeds, G clusters, R resamples.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,7 +28,7 @@ class Comparison:
 
     interval: Interval
     p_seeds: float | None
-    """Paired t-test over the seeds; None with less than two."""
+    """Paired t-test over the seeds; None with less than two, or if all differ by the same amount."""
     p_data: float
     """Sign flips of whole clusters, for these trained models."""
 
@@ -109,8 +107,8 @@ def _resampled(sums_SG: Floats, weights_G: Floats, seed: int) -> Floats:
     return np.concatenate(replicates)
 
 
-def _paired_t(differences_S: Sequence[float] | Floats) -> float | None:
-    if len(differences_S) < 2:
-        return None
-    found = float(stats.ttest_1samp(differences_S, 0.0).pvalue)
-    return 1.0 if math.isnan(found) else found  # all differences are 0
+def _paired_t(differences_S: Floats) -> float | None:
+    if len(differences_S) < 2 or np.ptp(differences_S) <= 1e-12 * np.abs(differences_S).max():
+        # Equal differences, but for rounding, have no spread to compare them with. None at all is no difference.
+        return 1.0 if len(differences_S) > 1 and not differences_S.any() else None
+    return float(stats.ttest_1samp(differences_S, 0.0).pvalue)
