@@ -110,7 +110,7 @@ def _relative_entropy(entry: Mapping[str, Any]) -> float:
 def _draw_graphs(logs: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
     """A row for each arm: the first sparse layer's graph of the first seed over the steps, its diagonal left out."""
     title = (
-        "expert graphs over training, first seed, first sparse layer\nrows receive, columns give; a scale for each arm"
+        "expert graphs in training, first seed, first sparse layer\nrows receive, columns give; each arm has its scale"
     )
     with _panels(path, _TIMES * len(logs), title, columns=_TIMES, size=(2.0, 2.0)) as panels:
         rows = iter(panels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import yaml
@@ -27,7 +28,7 @@ def arm_recipe(study: Study, arm: str, seed: int, start: str | None) -> Recipe:
         InputError: a setting changes what is trained before, which all arms share.
     """
     base, index = _whole(study, seed)
-    recipe = load_recipe(study.recipe, [*study.settings, *study.arms[arm].settings, f"seed={seed}"])
+    recipe = _load(study.recipe, (*study.settings, *study.arms[arm].settings, f"seed={seed}"))
     for name, shared, own in (
         ("the stages before the one that upcycles", base.stages[:index], recipe.stages[:index]),
         ("data", base.data, recipe.data),
@@ -61,9 +62,15 @@ def recipe_text(recipe: Recipe) -> str:
     return yaml.safe_dump(json.loads(recipe.model_dump_json()), sort_keys=False)
 
 
+@functools.lru_cache(maxsize=512)
+def _load(name: str, settings: tuple[str, ...]) -> Recipe:
+    """Every job is described several times."""
+    return load_recipe(name, settings)
+
+
 def _whole(study: Study, seed: int) -> tuple[Recipe, int]:
     """The recipe without any arm's settings, and the place of the stage that upcycles."""
-    recipe = load_recipe(study.recipe, [*study.settings, f"seed={seed}"])
+    recipe = _load(study.recipe, (*study.settings, f"seed={seed}"))
     index = next((place for place, stage in enumerate(recipe.stages) if stage.upcycle), None)
     if index is None:
         raise InputError("no stage upcycles, so no arm has a router", where=f"recipe {study.recipe!r}")

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from symphony_vlm.config.recipe import Recipe
 from symphony_vlm.corruptions import find_frost_textures, parse_corruptions
 from symphony_vlm.corruptions.catalogue import COMMON
 from symphony_vlm.errors import InputError
@@ -173,7 +174,7 @@ class PictureSetting:
         recipe = arm_recipe(self.study, arm, seed, model)
         return self._training(self._output / "cells" / DATA / arm / f"seed{seed}", recipe, seed, start)
 
-    def _training(self, folder: Path, recipe: Any, seed: int, start: Sequence[Job]) -> Job:
+    def _training(self, folder: Path, recipe: Recipe, seed: int, start: Sequence[Job]) -> Job:
         scenes = self._output / SCENES / "data"
         train, captions = (
             (str(self._pictures.train), None)

@@ -8,6 +8,7 @@ Shape letters: S seeds, G clusters, R resamples.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -96,15 +97,19 @@ def compare_arms(baseline_SG: ArrayLike, arm_SG: ArrayLike, weights_G: ArrayLike
 def _resampled(sums_SG: Floats, weights_G: Floats, seed: int) -> Floats:
     """Means ``[R]`` of drawn seeds and drawn clusters; the draws depend on the seed and the numbers S and G alone."""
     n_seeds, n_clusters = sums_SG.shape
-    seeds_RS = np.concatenate(list(bootstrap_weights(n_seeds, seed=seed + 1, n_resamples=N_RESAMPLES))) / n_seeds
-    replicates: list[Floats] = []
-    done = 0
-    for drawn_RG in bootstrap_weights(n_clusters, seed=seed, n_resamples=N_RESAMPLES):
-        chosen_RS = seeds_RS[done : done + len(drawn_RG)]
-        with np.errstate(invalid="ignore"):  # a resample of clusters without weight is left out later
-            replicates.append(((chosen_RS @ sums_SG) * drawn_RG).sum(1) / (drawn_RG @ weights_G))
-        done += len(drawn_RG)
-    return np.concatenate(replicates)
+    drawn_RG = _draws(n_clusters, seed)
+    chosen_RS = _draws(n_seeds, seed + 1) / n_seeds
+    with np.errstate(invalid="ignore"):  # a resample of clusters without weight is left out later
+        means_R: Floats = ((chosen_RS @ sums_SG) * drawn_RG).sum(1) / (drawn_RG @ weights_G)
+    return means_R
+
+
+@functools.lru_cache(maxsize=4)
+def _draws(n: int, seed: int) -> Floats:
+    """How often each of ``n`` is drawn, ``[R, n]``: every figure of a table asks for the same."""
+    drawn = np.concatenate(list(bootstrap_weights(n, seed=seed, n_resamples=N_RESAMPLES)))
+    drawn.flags.writeable = False
+    return drawn
 
 
 def _paired_t(differences_S: Floats) -> float | None:

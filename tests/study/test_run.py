@@ -29,6 +29,9 @@ def test_a_study_with_pictures_continues_and_repeats_to_the_same_figures(tmp_pat
     assert first["n_jobs_done"] == first["n_jobs"] == 9
     assert [row["seeds"] for row in first["arms"]] == [[0, 1], [0, 1]]
     assert first["arms"][1]["routing"]["off_diagonal_mass"] > 0
+    predictions = tmp_path / "first" / "evaluation" / "test" / "seed0" / "results" / "smoe-seed0-run" / "predictions"
+    asked = {path.name: len(path.read_text().splitlines()) for path in predictions.glob("*.jsonl")}
+    assert asked["scenes.none.0.jsonl"] == 16 and asked["scenes.fog.1.jsonl"] == 8 and len(asked) == 7
     # A cell that is lost is made again, and what needs it, and nothing else.
     lost = tmp_path / "first" / "cells" / "pictures" / "smoe" / "seed0"
     shutil.rmtree(lost)
@@ -45,6 +48,7 @@ def test_a_study_with_pictures_continues_and_repeats_to_the_same_figures(tmp_pat
 def test_a_study_whose_cells_all_fail_says_why(tmp_path: Path) -> None:
     study = picture_study(
         recipe="cifar10_vqa",
+        arms={"smoe": []},
         settings=["stages=[{name: instruct, kind: multimodal, upcycle: true, train: {projector: 1.0e-3}}]"],
         pictures={"train": str(tmp_path / "a.json"), "test": str(tmp_path / "b.json")},
         seeds=[0],
