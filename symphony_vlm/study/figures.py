@@ -13,7 +13,7 @@ import numpy as np
 
 from symphony_vlm.evaluation.drawing import INK, MUTED, PAPER, SERIES, STYLE, draw_adjacency
 from symphony_vlm.study.routing_facts import routing_log
-from symphony_vlm.study.scores import ArmScores
+from symphony_vlm.study.scores import ArmScores, Floats
 from symphony_vlm.study.setting import Setting
 from symphony_vlm.study.statistics import mean_over_seeds
 
@@ -40,11 +40,17 @@ def write_figures(setting: Setting, scores: Mapping[str, ArmScores], prefix: str
         folder: where they go.
 
     Returns:
-        Names of the files: ``..._curves.png``; ``..._routing.png`` if an arm has experts; ``..._graphs.png`` if one has
-        a graph.
+        Names of the files: ``..._curves.png``; ``..._differences.png`` if an arm has a baseline; ``..._routing.png`` if
+        one has experts; ``..._graphs.png`` if one has a graph.
     """
     names = [f"{prefix}_curves.png"]
     _draw_curves(setting, scores, folder / names[0])
+    baselines = {arm: setting.study.arms[arm].baseline for arm in scores}
+    shared = {arm: name for arm, name in baselines.items() if name in scores}
+    pairs = {arm: name for arm, name in shared.items() if name and set(scores[arm].seeds) & set(scores[name].seeds)}
+    if pairs:
+        names.append(f"{prefix}_differences.png")
+        _draw_differences(setting, scores, pairs, folder / names[-1])
     logs = {arm: [log for cell in found.cells if (log := routing_log(cell.run))] for arm, found in scores.items()}
     logs = {arm: found for arm, found in logs.items() if found}
     if logs:
@@ -63,19 +69,36 @@ def _draw_curves(setting: Setting, scores: Mapping[str, ArmScores], path: Path) 
     used = set(baselines.values())
     shown = [arm for arm in scores if baselines[arm] in scores or arm not in used]
     title = f"{setting.unit.name}, mean over seeds with 95 % bands"
-    with _panels(path, len(shown), title) as panels:
+    with _panels(path, len(shown), title, share_y=True) as panels:
         for arm, axes in zip(shown, panels, strict=True):
             baseline = baselines[arm]
             if baseline is not None and baseline in scores:
-                _curve(axes, setting, scores[baseline], color=MUTED, line=(0, (4, 2)))
-            _curve(axes, setting, scores[arm], color=SERIES[0], line="-")
+                other = scores[baseline]
+                _curve(axes, setting.curve(other, other.seeds), color=MUTED, line=(0, (4, 2)))
+            _curve(axes, setting.curve(scores[arm], scores[arm].seeds), color=SERIES[0], line="-")
             axes.set_title(arm if baseline is None else f"{arm} (grey: {baseline})", fontsize=8)
             axes.set_xlabel(setting.harm, fontsize=8)
             axes.grid(axis="y")
 
 
-def _curve(axes: Axes, setting: Setting, scores: ArmScores, *, color: str, line: Any) -> None:
-    points = [(harm, mean_over_seeds(sums, weights)) for harm, sums, weights in setting.curve(scores)]
+def _draw_differences(setting: Setting, scores: Mapping[str, ArmScores], pairs: Mapping[str, str], path: Path) -> None:
+    """Arm minus baseline, paired: what of the bands of `_draw_curves` both have in common is gone."""
+    better = "above" if setting.unit.higher_is_better else "below"
+    title = f"{setting.unit.name}: arm minus baseline, paired, with 95 % bands; {better} 0 the arm is better"
+    with _panels(path, len(pairs), title, share_y=True) as panels:
+        for (arm, baseline), axes in zip(pairs.items(), panels, strict=True):
+            seeds = [seed for seed in scores[arm].seeds if seed in scores[baseline].seeds]
+            own, other = (setting.curve(scores[name], seeds) for name in (arm, baseline))
+            points = [(x, sums - plain, weights) for (x, sums, weights), (_, plain, _) in zip(own, other, strict=True)]
+            _curve(axes, points, color=SERIES[0], line="-")
+            axes.axhline(0, color=INK, linewidth=0.8)
+            axes.set_title(f"{arm} - {baseline}", fontsize=8)
+            axes.set_xlabel(setting.harm, fontsize=8)
+            axes.grid(axis="y")
+
+
+def _curve(axes: Axes, curve: Sequence[tuple[float, Floats, Floats]], *, color: str, line: Any) -> None:
+    points = [(harm, mean_over_seeds(sums, weights)) for harm, sums, weights in curve]
     x = [harm for harm, _ in points]
     axes.plot(x, [found.value for _, found in points], color=color, linestyle=line, marker="o", markersize=3)
     low, high = ([getattr(found, end) for _, found in points] for end in ("low", "high"))

@@ -71,11 +71,11 @@ class LanguageSetting:
         """The same lines are scored clean and attacked."""
         return cell_name(None)
 
-    def curve(self, scores: ArmScores) -> list[tuple[float, Floats, Floats]]:
+    def curve(self, scores: ArmScores, seeds: Sequence[int]) -> list[tuple[float, Floats, Floats]]:
         """See `Setting.curve`."""
         harms = [0.0, *self._perplexity.rates]
         found = zip(harms, self.conditions, strict=True)
-        return [(harm, scores.sums(name), scores.weights(name)) for harm, name in sorted(found)]
+        return [(harm, scores.sums(name, seeds), scores.weights(name)) for harm, name in sorted(found)]
 
     def cells(self, part: Part, data: str, arms: Collection[str]) -> dict[str, list[CellScores]]:
         """See `Setting.cells`."""

@@ -91,12 +91,12 @@ class PictureSetting:
         """Corrupted cells have fewer questions."""
         return CLEAN_SHARED if condition == CORRUPTED else CLEAN
 
-    def curve(self, scores: ArmScores) -> list[tuple[float, Floats, Floats]]:
+    def curve(self, scores: ArmScores, seeds: Sequence[int]) -> list[tuple[float, Floats, Floats]]:
         """See `Setting.curve`; the mean over the common corruptions, on the same pictures throughout."""
         weights = scores.weights(CLEAN_SHARED)
-        found = [(0.0, scores.sums(CLEAN_SHARED), weights)]
+        found = [(0.0, scores.sums(CLEAN_SHARED, seeds), weights)]
         for severity in sorted(self._evaluation.severities):
-            cells = [scores.sums(f"{name}/{severity}") for name in self._corruptions if name in COMMON]
+            cells = [scores.sums(f"{name}/{severity}", seeds) for name in self._corruptions if name in COMMON]
             found.append((float(severity), np.mean(cells, axis=0), weights))
         return found
 

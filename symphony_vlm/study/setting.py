@@ -69,6 +69,6 @@ class Setting(Protocol):
         """Of the arms that `jobs` was asked for the seeds that are done; arms without any are left out."""
         ...
 
-    def curve(self, scores: ArmScores) -> list[tuple[float, Floats, Floats]]:
-        """Sums ``[S, G]`` and weights ``[G]`` by how much harm is done to the data, nothing (0) first."""
+    def curve(self, scores: ArmScores, seeds: Sequence[int]) -> list[tuple[float, Floats, Floats]]:
+        """Sums ``[S, G]`` of these seeds and weights ``[G]`` by the harm done to the data, none (0) first."""
         ...

@@ -123,7 +123,8 @@ def test_the_tables_say_what_language_cells_hold(tmp_path: Path) -> None:
     assert rows["clean"]["p_holm"] >= rows["clean"]["p_seeds"] > 0
     assert "| symphony | smoe | clean | -0.1250 [" in page and "| smoe | 2 | 164.02 [" in page
     assert "3 of 4 jobs are done" in page and "![wiki_curves](wiki_curves.png)" in page
-    assert (tmp_path / "wiki_routing.png").is_file() and not (tmp_path / "wiki_graphs.png").exists()
+    drawn = {path.name for path in tmp_path.glob("*.png")}
+    assert drawn == {"wiki_curves.png", "wiki_differences.png", "wiki_routing.png"}
 
 
 def test_an_unfinished_seed_is_left_out_of_the_comparison(tmp_path: Path) -> None:
@@ -191,6 +192,8 @@ def test_the_tables_say_what_cells_with_pictures_hold(tmp_path: Path) -> None:
     assert plain["routing"]["off_diagonal_mass"] == pytest.approx(0.4)
     assert "| symphony | smoe | clean | +12.50 [" in page and "| smoe | 2 | 62.50 [" in page
     assert (tmp_path / "pictures_graphs.png").stat().st_size > 0
+    curve = setting.curve(scores_of(setting, "test", ["symphony"])["pictures"]["symphony"], [0])
+    assert [(harm, sums.sum() / weights.sum()) for harm, sums, weights in curve] == [(0, 0.75), (1, 0.5), (5, 0.5)]
 
 
 def test_controls_are_marked(tmp_path: Path) -> None:
