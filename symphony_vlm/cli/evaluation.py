@@ -89,8 +89,9 @@ def evaluate(
     tasks = names(task) if task else (["short_answer"] if data else [])
     if not tasks:
         raise InputError("neither a task nor data was given", where="eval", remedy="Add --task scenes or --data FILE.")
-    if budget is not None and limit is not None:
-        raise InputError("the budget chooses the limit", where="--limit", remedy="Leave out --limit or --budget.")
+    for name, value in (("--limit", limit), ("--corrupted-limit", corrupted_limit)):
+        if budget is not None and value is not None:
+            raise InputError("the budget chooses the limit", where=name, remedy=f"Leave out {name} or --budget.")
     corruptions = parse_corruptions(corruption)
     severities = _severities(severity)
     from symphony_vlm.evaluation.attacks.catalogue import parse_attacks
