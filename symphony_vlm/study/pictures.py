@@ -183,12 +183,12 @@ class PictureSetting:
         )
         # The vision tower is frozen in what the arms train themselves: one encodes a picture for all.
         cache = str(self._output / "features" / f"seed{seed}")
-        text = recipe_text(with_pictures(recipe, train=train, captions=captions, feature_cache=cache))
+        files = with_pictures(recipe, train=train, captions=captions, feature_cache=cache, checked=bool(start))
         run = ("--config", str(folder / "recipe.yaml"), "--output", str(folder / "run"))
         return Job(
             name=str(folder.relative_to(self._output)),
             folder=folder,
-            files={"recipe.yaml": text},
+            files={"recipe.yaml": recipe_text(files)},
             commands={"train": (*COMMAND, "train", *run)},
             needs=(*self._drawn()[:1], *start),
         )

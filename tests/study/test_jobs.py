@@ -114,6 +114,9 @@ def test_arms_with_pictures_share_data_start_and_measurement(tmp_path: Path) -> 
     start = tmp_path / "start" / "seed0" / "run" / "pretrain" / "model"
     different = set(recipes[0].splitlines()) ^ set(recipes[1].splitlines())
     assert all(f"start: {start}" in text for text in recipes)
+    # The start decodes every picture; the arms need not again.
+    assert all("check_images: false" in text for text in recipes)
+    assert "check_images: true" in jobs["start/seed0"].files["recipe.yaml"]
     assert {line.strip() for line in different} == {
         *("name: tiny_smoe", "name: tiny_symphony", "router: smoe", "router: symphony_smoe")
     }
