@@ -113,6 +113,10 @@ def test_every_command_prints_its_help(name: str, capsys: pytest.CaptureFixture[
         (["train", "--config", "tiny", "--ouput", "x"], "No such option: --ouput"),
         (["data", "scenes", "--output", "x", "--train", "many"], "Usage: symphony-vlm data scenes"),
         (["eval", "--model", "a", "--task", "scenes", "--output", "b", "--limit", "0"], "'--limit'"),
+        (
+            ["eval", "--model", "a", "--task", "scenes", "--output", "b", "--corrupted-limit", "8", "--budget", "2"],
+            "the budget chooses the limit",
+        ),
     ],
 )
 def test_a_wrong_command_line_is_explained_without_a_traceback(

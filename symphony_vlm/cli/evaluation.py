@@ -52,6 +52,10 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option(help="About so many questions per cell, of whole pictures.", min=1)
     ] = None,
+    corrupted_limit: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="The same for corrupted cells; default: as many.", min=1),
+    ] = None,
     budget: Annotated[
         Optional[float],  # noqa: UP045
         typer.Option(
@@ -85,8 +89,9 @@ def evaluate(
     tasks = names(task) if task else (["short_answer"] if data else [])
     if not tasks:
         raise InputError("neither a task nor data was given", where="eval", remedy="Add --task scenes or --data FILE.")
-    if budget is not None and limit is not None:
-        raise InputError("the budget chooses the limit", where="--limit", remedy="Leave out --limit or --budget.")
+    for name, value in (("--limit", limit), ("--corrupted-limit", corrupted_limit)):
+        if budget is not None and value is not None:
+            raise InputError("the budget chooses the limit", where=name, remedy=f"Leave out {name} or --budget.")
     corruptions = parse_corruptions(corruption)
     severities = _severities(severity)
     from symphony_vlm.evaluation.attacks.catalogue import parse_attacks
@@ -104,6 +109,7 @@ def evaluate(
         corrupt_at=parse_corrupt_at(corrupt_at),
         attacks=parse_attacks(attack),
         limit=limit,
+        corrupted_limit=corrupted_limit,
         budget_minutes=budget,
         seed=seed,
         batch_size=batch_size,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -17,7 +18,10 @@ __all__: list[str] = []
 def study(
     name: Annotated[str, typer.Argument(help="A YAML file, or the name of one in studies/.")],
     output: Annotated[Optional[Path], typer.Option(help="The study's folder; default runs/studies/NAME.")] = None,  # noqa: UP045
-    jobs: Annotated[Optional[int], typer.Option(help="Cells at a time; default: one per core.", min=1)] = None,  # noqa: UP045
+    jobs: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Jobs at a time; default: one per GPU, or else one per core.", min=1),
+    ] = None,
     threads: Annotated[int, typer.Option(help="Threads of each.", min=1)] = 1,
     json_: Json = False,
     overrides: Overrides = None,
@@ -28,10 +32,18 @@ def study(
     """
     from symphony_vlm.study.configuration import load_study
     from symphony_vlm.study.run import run_study
+    from symphony_vlm.study.runner import visible_gpus
 
     found = load_study(name, overrides or [])
     folder = output or Path("runs") / "studies" / found.name
-    result = run_study(found, folder, jobs=jobs or os.cpu_count() or 1, threads=threads, console=console())
+    result = run_study(
+        found,
+        folder,
+        at_once=jobs or len(visible_gpus()) or os.cpu_count() or 1,
+        threads=threads,
+        command=shlex.join(["symphony-vlm", "study", name, *(overrides or [])]),
+        console=console(),
+    )
     finish(result.to_dict(), json_, f"results: {result.results}\ntables: {result.page}")
     if result.failures:
         for cell, said in result.failures.items():

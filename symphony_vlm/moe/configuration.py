@@ -28,6 +28,9 @@ own join with `symphony_vlm.moe.router.register_router`."""
 PARTS: dict[str, Any] = {"gate": "linear", "expert_graph": "none", "token_graph": "none", "layers": "all"}
 """What a preset may choose, with the value of a part it does not name."""
 
+COUNTED_GRAPHS = ("symphony", "uniform", "random", "shuffled")
+"""Kinds of expert graph that move with co-selection counts."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class MoEConfig:
@@ -55,9 +58,10 @@ class MoEConfig:
     jitter_noise: float = 0.0
     """Half width of the uniform factor on the router's input in training (Switch Transformer, arXiv 2101.03961)."""
 
-    expert_graph: Literal["none", "symphony", "learnable", "fixed"] | None = None
+    expert_graph: Literal["none", "symphony", "learnable", "fixed", "uniform", "random", "shuffled"] | None = None
     """``symphony`` moves with the co-selection counts, ``learnable`` is trained by gradient, ``fixed`` stays what
-    `set_expert_graph_` made it. None: as the preset says."""
+    `set_expert_graph_` made it. Negative controls: ``uniform``, ``random`` and ``shuffled`` move as ``symphony`` does,
+    with counts that have lost what they say (`expert_graph.ControlGraph`). None: as the preset says."""
     smooth: Literal["probs", "logits"] = "probs"
     """What the graph smooths: gate values, the paper's g_sym_j = sum_k a_jk g_k(x), or the logits before the score."""
     strength: float = 0.5
@@ -170,7 +174,7 @@ class MoEConfig:
             _require(good, "layers", self.layers, "one or more distinct layer indices counted from 0")
 
     def _check_combinations(self) -> None:
-        if self.expert_graph == "symphony" and self.num_experts_per_tok == 1 and self.counts == "hard":
+        if self.expert_graph in COUNTED_GRAPHS and self.num_experts_per_tok == 1 and self.counts == "hard":
             raise InputError(
                 "with num_experts_per_tok=1 no two experts are ever selected together, so hard co-selection counts "
                 "are diagonal and the graph stays the identity",

@@ -11,6 +11,7 @@ activation checkpointing, and drift apart between ranks.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 
@@ -23,6 +24,7 @@ from symphony_vlm.moe.configuration import MoEConfig
 from symphony_vlm.moe.precision import KeepsPrecision
 
 __all__ = [
+    "ControlGraph",
     "ExpertGraph",
     "LearnableGraph",
     "StoredGraph",
@@ -179,10 +181,49 @@ class SymphonyGraph(StoredGraph):
         self.num_updates += (num_tokens > 0).long()
 
 
+class ControlGraph(SymphonyGraph):
+    """Symphony's graph, its counts replaced: a negative control that differs from Symphony in nothing else.
+
+    Strength, momentum, normalisation and the start at the identity are Symphony's, and so are the counts' totals; what
+    the graph says of the experts is not. ``uniform``: every pair counts the same. ``random``: pairs have the weights of
+    one symmetric matrix, log-normal of deviation 1 (about as unequal as trained graphs), the same at every step.
+    ``shuffled``: every expert gets the counts of the expert before it, so that the graph has the right weights between
+    the wrong experts. New experts have no order, so one matrix and one rotation are as good as any; of two experts a
+    rotation changes nothing.
+    """
+
+    @torch.no_grad()
+    def update(self, counts: Tensor, momentum: float | None = None) -> None:
+        """See the base class."""
+        counts_EE = counts[:-1].view(self.config.num_experts, self.config.num_experts)
+        super().update(torch.cat([self._replaced(counts_EE).flatten(), counts[-1:]]), momentum)
+
+    def _replaced(self, counts_EE: Tensor) -> Tensor:
+        if self.config.expert_graph == "shuffled":
+            return counts_EE.roll((1, 1), (0, 1))
+        own_E = counts_EE.diagonal()
+        weights_EE = torch.ones_like(counts_EE)
+        if self.config.expert_graph == "random":
+            weights_EE = _random_weights(len(counts_EE)).to(counts_EE)
+        off_EE = weights_EE - torch.diag(weights_EE.diagonal())
+        share_EE = off_EE / off_EE.sum().clamp(min=1e-30)
+        return share_EE * (counts_EE.sum() - own_E.sum()) + torch.diag(own_E.mean().expand(len(own_E)))
+
+
+@functools.cache
+def _random_weights(num_experts: int) -> Tensor:
+    """Symmetric, the same in every run."""
+    rows_EE = torch.randn(num_experts, num_experts, generator=torch.Generator().manual_seed(num_experts))
+    return ((rows_EE + rows_EE.T) / math.sqrt(2)).exp()
+
+
 _GRAPHS: dict[str | None, type[ExpertGraph]] = {
     "symphony": SymphonyGraph,
     "learnable": LearnableGraph,
     "fixed": StoredGraph,
+    "uniform": ControlGraph,
+    "random": ControlGraph,
+    "shuffled": ControlGraph,
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,10 +14,22 @@ from symphony_vlm.config.schema import Schema
 from symphony_vlm.errors import InputError
 from symphony_vlm.text import nearest
 
-__all__ = ["Arm", "PerplexitySettings", "Study", "StudyText", "load_study"]
+__all__ = [
+    "Arm",
+    "Choice",
+    "EvaluationSettings",
+    "PerplexitySettings",
+    "Select",
+    "Study",
+    "StudyPictures",
+    "StudyScenes",
+    "StudyText",
+    "load_study",
+]
 
 FOLDER = "studies"
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]*$")]
+Severity = Annotated[int, Field(ge=1, le=5)]
 
 
 class Arm(Schema):
@@ -27,6 +39,9 @@ class Arm(Schema):
     """``a.b=c`` assignments to the recipe."""
     baseline: Name | None = None
     """Another arm; None: it is compared with none."""
+    control: bool = False
+    """Whether it is a negative control: nothing is claimed of it, and a gain that it shares is no merit of the graph's
+    counts."""
 
 
 class StudyText(Schema):
@@ -43,13 +58,72 @@ class StudyText(Schema):
 
 
 class PerplexitySettings(Schema):
-    """How every arm is measured."""
+    """How every arm of a study of language models is measured."""
 
     rates: list[Annotated[float, Field(gt=0, le=1)]] = Field(default=[0.015])
     """Of swapped words, besides the clean text."""
     context: int = Field(ge=2)
     stride: int = Field(ge=1)
     attack_seed: int = 0
+
+
+class StudyScenes(Schema):
+    """Built-in scenes (``symphony-vlm data scenes``)."""
+
+    train: int = Field(gt=0)
+    test: int = Field(gt=0)
+    image_size: int = Field(default=64, ge=32)
+
+
+class StudyPictures(Schema):
+    """Pictures with questions, the same for every seed: drawn scenes, or files."""
+
+    scenes: StudyScenes | None = None
+    """Drawn once; those to choose settings by are as many as those to test on, drawn with another seed."""
+    train: str | None = None
+    """Usually given on the command line: ``pictures.train=FILE``."""
+    test: str | None = None
+    development: str | None = None
+    """What settings are chosen by, if the study chooses any."""
+    task: str = "short_answer"
+
+    @model_validator(mode="after")
+    def _one_source(self) -> StudyPictures:
+        if self.scenes is not None and (self.train or self.test or self.development):
+            raise ValueError("'scenes' are drawn; leave out 'train', 'test' and 'development'")
+        return self
+
+
+class EvaluationSettings(Schema):
+    """How every arm of a study with pictures is measured."""
+
+    corruptions: list[str] = Field(min_length=1)
+    """Names, ``common`` (the 15 of ImageNet-C) or ``all`` (19); the mean is over the common ones."""
+    severities: list[Severity] = Field(default=[1, 2, 3, 4, 5], min_length=1)
+    limit: int | None = Field(default=None, gt=0)
+    """Questions about the clean pictures."""
+    corrupted_limit: int | None = Field(default=None, gt=0)
+    """Questions of each corrupted cell, about the first of the clean pictures."""
+    batch_size: int = Field(default=64, gt=0)
+    max_new_tokens: int = Field(default=16, gt=0)
+    seed: int = 0
+    """Of the corruptions and the choice of pictures, the same for every arm and seed of training."""
+
+
+class Choice(Schema):
+    """One of several arms, by the development data; the test data is then asked about that one."""
+
+    among: list[Name] = Field(min_length=1)
+    baseline: Name | None = None
+    """An arm or another choice."""
+
+
+class Select(Schema):
+    """Settings are chosen first and tested once."""
+
+    by: str = "clean"
+    """The condition whose mean over seeds decides."""
+    choices: dict[Name, Choice] = Field(min_length=1)
 
 
 def _as_arms(value: object) -> object:
@@ -60,30 +134,65 @@ def _as_arms(value: object) -> object:
 
 
 class Study(Schema):
-    """Every arm trains with every seed on every text."""
+    """Every arm trains with every seed: language models on every text, or vision-language models on the pictures."""
 
     name: Name
     description: str = ""
     recipe: str
-    """Of language stages."""
+    """Of language stages, or with a stage that upcycles; what stands before that is trained once a seed."""
     settings: list[str] = Field(default_factory=list)
     """Of all arms."""
     arms: Annotated[dict[Name, Arm], BeforeValidator(_as_arms), Field(min_length=1)]
     seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
-    texts: dict[Name, StudyText] = Field(min_length=1)
-    perplexity: PerplexitySettings
+    texts: dict[Name, StudyText] = Field(default_factory=dict)
+    perplexity: PerplexitySettings | None = None
+    pictures: StudyPictures | None = None
+    evaluation: EvaluationSettings | None = None
+    select: Select | None = None
+
+    @property
+    def is_language(self) -> bool:
+        """Whether its arms are language models."""
+        return self.pictures is None
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Study:
+        language, pictures = (self.texts or None, self.perplexity), (self.pictures, self.evaluation)
+        given = [all(kind) for kind in (language, pictures)]
+        if sum(given) != 1 or any(language if given[1] else pictures):
+            raise ValueError("a study has 'texts' and 'perplexity', or 'pictures' and 'evaluation'")
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> Study:
-        if len(set(self.seeds)) != len(self.seeds):
-            raise ValueError(f"seeds must differ, got {self.seeds}")
-        if len(set(self.perplexity.rates)) != len(self.perplexity.rates):
-            raise ValueError(f"perplexity.rates must differ, got {self.perplexity.rates}")
+        rates = self.perplexity.rates if self.perplexity else []
+        for name, values in (("seeds", self.seeds), ("perplexity.rates", rates)):
+            if len(set(values)) != len(values):
+                raise ValueError(f"{name} must differ, got {values}")
         for name, arm in self.arms.items():
             if arm.baseline is not None and (arm.baseline not in self.arms or arm.baseline == name):
                 known = [other for other in self.arms if other != name]
                 raise ValueError(
                     f"arm {name!r}: baseline {arm.baseline!r} is no other arm{nearest(arm.baseline, known)}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _chooses_what_there_is(self) -> Study:
+        choices = self.select.choices if self.select else {}
+        if choices and len(self.texts) > 1:
+            raise ValueError("a study with 'select' has one text: what is chosen on one need not be on another")
+        for name, choice in choices.items():
+            known = [*self.arms, *(other for other in choices if other != name)]
+            if name in self.arms:
+                raise ValueError(f"select.choices: {name!r} is an arm; give the choice a name of its own")
+            for arm in choice.among:
+                if arm not in self.arms:
+                    raise ValueError(f"select.choices.{name}: {arm!r} is no arm{nearest(arm, self.arms)}")
+            if choice.baseline is not None and choice.baseline not in known:
+                raise ValueError(
+                    f"select.choices.{name}: baseline {choice.baseline!r} is no arm and no other choice"
+                    f"{nearest(choice.baseline, known)}"
                 )
         return self
 
@@ -96,7 +205,7 @@ def load_study(name_or_path: str, overrides: Sequence[str] = ()) -> Study:
         overrides: ``a.b=c`` assignments, e.g. ``texts.wikitext2.path=wiki.valid.tokens``, ``seeds=[0,1]``.
 
     Raises:
-        InputError: no such file, an unknown key, a bad value, or a text without a path.
+        InputError: no such file, an unknown key, a bad value, or data without a path.
     """
     path = Path(name_or_path)
     if path.suffix not in (".yaml", ".yml"):
@@ -108,17 +217,23 @@ def load_study(name_or_path: str, overrides: Sequence[str] = ()) -> Study:
             where=str(path),
             remedy=f"Found in {FOLDER}/: {', '.join(known) or 'none'}; or give a path that ends in .yaml.",
         )
-    values = read_mapping(path, "a study is a mapping with recipe, arms, seeds, texts and perplexity")
+    values = read_mapping(
+        path, "a study is a mapping with recipe, arms, seeds, and texts and perplexity, or pictures and evaluation"
+    )
     apply_overrides(values, overrides)
     try:
         study = Study.model_validate(values)
     except ValidationError as error:
         raise explain(error, str(path), Study) from error
-    for name, text in study.texts.items():
-        if text.path is None:
-            raise InputError(
-                "the text has no path",
-                where=f"texts.{name}",
-                remedy=f"Add texts.{name}.path=FILE to the command.",
-            )
+    for where, what in _without_path(study):
+        raise InputError(f"{what} no path", where=where, remedy=f"Add {where}=FILE to the command.")
     return study
+
+
+def _without_path(study: Study) -> Iterator[tuple[str, str]]:
+    yield from ((f"texts.{name}.path", "the text has") for name, text in study.texts.items() if text.path is None)
+    pictures = study.pictures
+    if pictures is None or pictures.scenes is not None:
+        return
+    needed = ["train", "test", *(["development"] if study.select else [])]
+    yield from ((f"pictures.{part}", "the pictures have") for part in needed if getattr(pictures, part) is None)

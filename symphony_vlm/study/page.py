@@ -5,68 +5,132 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from symphony_vlm.evaluation.perplexity.lines_file import cell_name
-from symphony_vlm.study.configuration import Study
+from symphony_vlm.study.setting import Setting, Unit
 
-__all__ = ["conditions", "page_text"]
+__all__ = ["page_text"]
+
+_ROUTING = {
+    "load_cv": ("load CV", ".2f"),
+    "off_diagonal_mass": ("off-diagonal", ".2f"),
+    "concentration": ("concentration", ".2f"),
+}
 
 
-def conditions(study: Study) -> list[str]:
-    """Names of the clean text and the attacked ones."""
-    return [cell_name(None), *(cell_name(rate) for rate in study.perplexity.rates)]
-
-
-def page_text(study: Study, document: dict[str, Any]) -> str:
+def page_text(setting: Setting, document: dict[str, Any], figures: Sequence[str]) -> str:
     """The tables of a study's ``results.json``.
 
     Args:
-        study: what was done.
-        document: see `tables.write_results`.
+        setting: what was done.
+        document: see `results.write_results`.
+        figures: files beside the page.
     """
-    names = conditions(study)
-    lines = [
-        f"# {study.name}",
-        "",
-        study.description,
-        "",
-        f"{document['n_cells_done']} of {document['n_cells']} cells are done.",
-        "Perplexity per word (line ends are words), from the mean over seeds of nats per word, with 95 % intervals of",
-        "a bootstrap of seeds and stretches of text. An expert is dead if it got less than a tenth of an equal share",
-        "of the tokens since training's last record.",
-        "",
+    study = setting.study
+    lines = [f"# {study.name}", "", study.description.strip(), "", "```", document["command"], "```", ""]
+    lines += [f"{document['n_jobs_done']} of {document['n_jobs']} jobs are done. {_surroundings(document)}", ""]
+    lines += [*_explanation(setting.unit), ""]
+    lines += _choices(document["choices"])
+    parts = dict.fromkeys((row["part"], row["data"]) for row in document["arms"])
+    for part, data in parts:
+        arms = [row for row in document["arms"] if (row["part"], row["data"]) == (part, data)]
+        compared = [row for row in document["comparisons"] if (row["part"], row["data"]) == (part, data)]
+        lines += [f"## {data}, {part} data", "", *_arm_table(setting, arms), ""]
+        lines += _comparison_table(setting.unit, compared)
+    lines += [line for name in figures for line in (f"![{name.partition('.')[0]}]({name})", "")]
+    return "\n".join([*lines, *_evidence(document["arms"])])
+
+
+def _surroundings(document: dict[str, Any]) -> str:
+    found = document["provenance"]
+    versions = ", ".join(f"{name} {version}" for name, version in found.get("versions", {}).items())
+    commit = (found.get("git") or {}).get("commit", "unknown")
+    hardware = found.get("hardware", {})
+    device = f"{hardware['device']}, {hardware['cores']} cores" if hardware else "unknown"
+    seeds = ", ".join(map(str, document["study"]["seeds"]))
+    return f"Seeds {seeds}; commit {commit}; {device}; {versions or 'versions unknown'}."
+
+
+def _explanation(unit: Unit) -> list[str]:
+    means = ["Perplexity per word (line ends are words), from the mean over seeds of nats per word."]
+    if unit.higher_is_better:
+        means = [
+            "Accuracy in percent, the mean over seeds; corrupted: over all common corrupted cells; retention:",
+            "corrupted over clean on the same pictures.",
+        ]
+    return [
+        *means,
+        f"Brackets are 95 % intervals of a bootstrap of seeds and {unit.cluster}. Controls are negative: their graph",
+        "says nothing of the experts. An expert is dead if it got less than a tenth of an equal share of the tokens",
+        "since training's last record but one; load CV: coefficient of variation of the experts' shares; off-diagonal:",
+        "what an expert takes from the others in the graph; concentration: 0 if all edges weigh the same, 1 for a",
+        "single edge.",
     ]
-    for text in study.texts:
-        arms = [arm for arm in document["arms"] if arm["text"] == text]
-        if not arms:
-            continue
-        lines += [f"## {text}", "", f"| arm | seeds | {' | '.join(names)} | dead experts | minutes a run |"]
-        lines += ["|---" * (len(names) + 4) + "|"]
-        for arm in arms:
-            shown = " | ".join(_with_interval(arm["values"][name]) for name in names)
-            dead, minutes = f"{arm['dead_experts']:.1f} of {arm['experts']}", arm["seconds"] / 60
-            lines.append(f"| {arm['arm']} | {len(arm['seeds'])} | {shown} | {dead} | {minutes:.1f} |")
-        lines += ["", *_comparison_table([row for row in document["comparisons"] if row["text"] == text]), ""]
-    return "\n".join(lines)
 
 
-def _comparison_table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    if not rows:
+def _choices(choices: Sequence[dict[str, Any]]) -> list[str]:
+    if not choices:
         return []
-    lines = [
-        "Nats per word against the baseline, paired by seed and line; below 0 the arm is better. p (seeds): paired",
-        "t-test over seeds, beside it with Holm's correction over this table; p (text): sign flips of stretches of",
-        "text, for these trained models alone.",
-        "",
-        "| arm | against | on | difference | p (seeds) | Holm | p (text) |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        nats = row["nats_per_word"]
-        difference = f"{nats['value']:+.4f} [{nats['low']:+.4f}, {nats['high']:+.4f}]"
-        chances = " | ".join("-" if row[key] is None else f"{row[key]:.3g}" for key in ("p_seeds", "p_holm", "p_text"))
-        lines.append(f"| {row['arm']} | {row['baseline']} | {row['condition']} | {difference} | {chances} |")
+    lines = ["## Chosen by the development data", "", "| choice | tried | chosen |", "|---|---|---|"]
+    lines += [f"| {choice['name']} | {len(choice['tried'])} | {choice['arm']} |" for choice in choices]
+    lines += ["", "The test data was asked about the chosen arms and their baselines, once.", ""]
     return lines
 
 
-def _with_interval(value: dict[str, Any]) -> str:
-    return f"{value['value']:.2f} [{value['ci_low']:.2f}, {value['ci_high']:.2f}]"
+def _arm_table(setting: Setting, rows: Sequence[dict[str, Any]]) -> list[str]:
+    unit, scale = setting.unit, _scale(setting.unit)
+    retained = [f"retention, {name}" for name in setting.conditions[1:]] if unit.higher_is_better else []
+    head = ["arm", "seeds", *setting.conditions, *retained, "dead experts", *(name for name, _ in _ROUTING.values())]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for row in rows:
+        name = f"{row['arm']} (control)" if row["control"] else row["arm"]
+        values = [_with_interval(row["values"][condition], scale) for condition in setting.conditions]
+        values += [
+            _with_interval(row["retention"][condition], scale) for condition in setting.conditions[1:] if retained
+        ]
+        facts = row["routing"]
+        dead = "-" if facts["experts"] is None else f"{facts['dead_experts']:.1f} of {facts['experts']:.0f}"
+        shown = ["-" if facts[key] is None else f"{facts[key]:{form}}" for key, (_, form) in _ROUTING.items()]
+        lines.append(f"| {' | '.join([name, str(len(row['seeds'])), *values, dead, *shown])} |")
+    return lines
+
+
+def _comparison_table(unit: Unit, rows: Sequence[dict[str, Any]]) -> list[str]:
+    if not rows:
+        return []
+    better, what = ("above", "Points of accuracy") if unit.higher_is_better else ("below", "Nats per word")
+    lines = [
+        f"{what} against the baseline, paired by seed and {unit.cluster}; {better} 0 the arm is better, or loses less",
+        "(change by ...). p (seeds): paired t-test over seeds, beside it with Holm's correction over this table; p",
+        f"(data): sign flips of {unit.cluster}, for these trained models alone.",
+        "",
+        "| arm | against | on | difference | p (seeds) | Holm | p (data) |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    scale, digits = _scale(unit), 2 if unit.higher_is_better else 4
+    for row in rows:
+        found = row["difference"]
+        value, low, high = (f"{scale * found[key]:+.{digits}f}" for key in ("value", "low", "high"))
+        chances = " | ".join("-" if row[key] is None else f"{row[key]:.3g}" for key in ("p_seeds", "p_holm", "p_data"))
+        name = f"{row['arm']} (control)" if row["control"] else row["arm"]
+        lines.append(f"| {name} | {row['baseline']} | {row['condition']} | {value} [{low}, {high}] | {chances} |")
+    return [*lines, ""]
+
+
+def _evidence(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What a repetition is compared by, and what a cell cost."""
+    lines = ["## Predictions and cost", "", "sha256 of every item's prediction, over all seeds.", ""]
+    lines += ["| data | arm | sha256 | minutes a run |", "|---|---|---|---|"]
+    for row in rows:
+        minutes = "-" if row["seconds"] is None else f"{row['seconds'] / 60:.1f}"
+        digest = row["predictions_sha256"][:16]
+        lines.append(f"| {row['data']}, {row['part']} | {row['arm']} | {digest} | {minutes} |")
+    return [*lines, ""]
+
+
+def _scale(unit: Unit) -> float:
+    return 100.0 if unit.higher_is_better else 1.0
+
+
+def _with_interval(value: dict[str, Any] | None, scale: float) -> str:
+    if value is None:
+        return "-"
+    return f"{scale * value['value']:.2f} [{scale * value['ci_low']:.2f}, {scale * value['ci_high']:.2f}]"

@@ -1,23 +1,28 @@
-"""A study from its texts to its tables."""
+"""A study from its data to its tables."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from symphony_vlm.config.loading import load_recipe
 from symphony_vlm.errors import InputError
-from symphony_vlm.study.cells import study_cells
 from symphony_vlm.study.configuration import Study
-from symphony_vlm.study.runner import run_cells
-from symphony_vlm.study.tables import write_results
-from symphony_vlm.study.text_parts import write_parts
+from symphony_vlm.study.jobs import Job
+from symphony_vlm.study.language import LanguageSetting
+from symphony_vlm.study.pictures import PictureSetting
+from symphony_vlm.study.results import write_results
+from symphony_vlm.study.runner import run_jobs, visible_gpus
+from symphony_vlm.study.scores import ArmScores
+from symphony_vlm.study.selection import Chosen, arms_to_test, choose
+from symphony_vlm.study.setting import Part, Setting
+from symphony_vlm.study.tables import scores_of
 from symphony_vlm.training.provenance import provenance
 
-__all__ = ["StudyResult", "run_study"]
+__all__ = ["StudyResult", "run_study", "setting_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +31,7 @@ class StudyResult:
 
     results: Path
     page: Path
-    n_cells: int
+    n_jobs: int
     failures: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
@@ -34,36 +39,85 @@ class StudyResult:
         return {
             "results": str(self.results),
             "tables": str(self.page),
-            "n_cells": self.n_cells,
+            "n_jobs": self.n_jobs,
             "n_failed": len(self.failures),
         }
 
 
-def run_study(study: Study, output: Path, *, jobs: int, threads: int, console: Console) -> StudyResult:
-    """Runs the cells that are not done and writes the tables of all.
+def setting_of(study: Study, output: Path) -> Setting:
+    """The kind of study that it is."""
+    return LanguageSetting(study, output) if study.is_language else PictureSetting(study, output)
+
+
+def run_study(
+    study: Study,
+    output: Path,
+    *,
+    at_once: int,
+    threads: int,
+    command: str = "",
+    console: Console,
+) -> StudyResult:
+    """Runs the jobs that are not done and writes the tables of all.
 
     Args:
         study: what to do.
-        output: its folder: ``texts/``, ``cells/``, ``results.json``, ``results.md``.
-        jobs: cells at a time.
+        output: its folder: data, ``cells/``, ``results.json``, ``results.md``, figures.
+        at_once: jobs at a time.
         threads: of each.
+        command: that runs it again, for the page.
         console: where progress goes.
 
     Raises:
-        InputError: a recipe, a setting or a text cannot be used, or every cell failed.
+        InputError: a recipe, a setting or the data cannot be used, every cell failed, or a choice lacks cells.
     """
     output = output.resolve()
-    for name, arm in study.arms.items():
-        recipe = load_recipe(study.recipe, [*study.settings, *arm.settings])
-        if not recipe.is_language:
-            raise InputError(
-                f"{study.recipe!r} has no language stages", where=f"arm {name!r}", remedy="Name a recipe that has."
-            )
-    parts = {name: write_parts(text, output / "texts" / name) for name, text in study.texts.items()}
-    cells = study_cells(study, output, parts)
-    failures = run_cells(cells, jobs=jobs, threads=threads, console=console)
-    if not any(cell.is_done() for cell in cells):
-        name, said = next(iter(failures.items()))
+    setting = setting_of(study, output)
+    setting.prepare()
+    run = _Run(setting=setting, at_once=at_once, threads=threads, console=console)
+    scores: dict[Part, dict[str, dict[str, ArmScores]]] = {}
+    chosen: list[Chosen] = []
+    arms = list(study.arms)
+    if study.select is not None:
+        scores["development"] = run.scores("development", arms)
+        if not run.failures:
+            [of_arms] = scores["development"].values()
+            chosen = choose(setting, study.select, of_arms)
+            scores["test"] = run.scores("test", arms_to_test(arms, chosen))
+    else:
+        scores["test"] = run.scores("test", arms)
+    if not any(scores.values()) and run.failures:
+        name, said = next(iter(run.failures.items()))
         raise InputError(f"every cell failed; {name} said: {said}", where=study.name)
-    page = write_results(study, cells, output, provenance(study=study.name, jobs=jobs, threads=threads))
-    return StudyResult(results=output / "results.json", page=page, n_cells=len(cells), failures=failures)
+    n_done = sum(job.is_done() for job in run.jobs.values())
+    page = write_results(
+        setting,
+        scores,
+        chosen,
+        output,
+        command=command,
+        n_jobs=(n_done, len(run.jobs)),
+        provenance=provenance(study=study.name, at_once=at_once, threads=threads),
+    )
+    return StudyResult(results=output / "results.json", page=page, n_jobs=len(run.jobs), failures=run.failures)
+
+
+@dataclass(kw_only=True)
+class _Run:
+    """What has been run so far."""
+
+    setting: Setting
+    at_once: int
+    threads: int
+    console: Console
+    jobs: dict[str, Job] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+
+    def scores(self, part: Part, arms: Sequence[str]) -> dict[str, dict[str, ArmScores]]:
+        """Runs what is not done of these arms on that part of the data, and reads what is."""
+        jobs = self.setting.jobs(part, arms)
+        self.jobs |= {job.name: job for job in jobs}
+        self.failures |= run_jobs(
+            jobs, at_once=self.at_once, threads=self.threads, console=self.console, gpus=visible_gpus()
+        )
+        return scores_of(self.setting, part, arms)

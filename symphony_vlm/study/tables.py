@@ -1,170 +1,170 @@
-"""Aggregates a study's cells into results.json and a page of Markdown tables."""
+"""The figures of a study's results.json, from what its cells scored."""
 
 from __future__ import annotations
 
-import json
 import math
-import statistics
-from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import mean
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from symphony_vlm.errors import InputError
-from symphony_vlm.evaluation.perplexity.lines_file import cell_name, read_line_records
 from symphony_vlm.evaluation.statistics import Interval, holm
-from symphony_vlm.files import write_json, write_text
-from symphony_vlm.study.cells import StudyCell
-from symphony_vlm.study.configuration import Study
-from symphony_vlm.study.page import conditions, page_text
-from symphony_vlm.study.statistics import Comparison, compare_arms, mean_nats
+from symphony_vlm.study.routing_facts import final_routing
+from symphony_vlm.study.scores import ArmScores
+from symphony_vlm.study.selection import Chosen
+from symphony_vlm.study.setting import Part, Setting
+from symphony_vlm.study.statistics import Comparison, compare_arms, mean_over_seeds, ratio_over_seeds
 
-__all__ = ["write_results"]
+__all__ = ["Pair", "arm_rows", "comparison_rows", "pairs_of_arms", "pairs_of_choices", "scores_of"]
 
-Floats = NDArray[np.float64]
-DEAD = 0.1
-"""An expert with less than a tenth of an equal share of the tokens counts as dead."""
+Scores = Mapping[str, Mapping[str, ArmScores]]
+"""By data set and arm."""
 
 
-def write_results(study: Study, cells: Sequence[StudyCell], output: Path, provenance: dict[str, Any]) -> Path:
-    """Writes ``results.json`` and ``results.md`` of the finished cells.
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """An arm and what it is compared with; the names are what the tables say."""
 
-    Args:
-        study: what was done.
-        cells: all of them; seeds that an arm or its baseline has not finished are left out of the comparison.
-        output: the study's folder.
-        provenance: versions, hardware and the like.
+    arm: str
+    baseline: str
+    name: str
+    baseline_name: str
+
+
+def scores_of(setting: Setting, part: Part, arms: Sequence[str]) -> dict[str, dict[str, ArmScores]]:
+    """What is done on a part of the data, by data set and arm.
 
     Raises:
-        InputError: no cell is finished, or two cells scored different lines.
+        InputError: cells of one arm were asked different questions.
     """
-    done = [cell for cell in cells if cell.is_done()]
-    if not done:
-        raise InputError("no cell is finished", where=str(output), remedy="Run the study.")
-    arms: list[dict[str, Any]] = []
-    comparisons: list[dict[str, Any]] = []
-    for text in study.texts:
-        own = [cell for cell in done if cell.text == text]
-        nats = {
-            name: _Nats([c for c in own if c.arm == name]) for name in study.arms if any(c.arm == name for c in own)
-        }
-        found = [_comparison(study, text, name, nats) for name, arm in study.arms.items() if arm.baseline in nats]
-        family = [row for rows in found for row in rows]
-        tested = [row for row in family if row["p_seeds"] is not None]
+    found = {
+        data: {arm: ArmScores(cells, f"{data}/{arm}, {part}") for arm, cells in setting.cells(part, data, arms).items()}
+        for data in setting.data()
+    }
+    return {data: arms_of for data, arms_of in found.items() if arms_of}
+
+
+def pairs_of_arms(setting: Setting) -> list[Pair]:
+    """Every arm against its baseline."""
+    return [
+        Pair(arm=name, baseline=arm.baseline, name=name, baseline_name=arm.baseline)
+        for name, arm in setting.study.arms.items()
+        if arm.baseline is not None
+    ]
+
+
+def pairs_of_choices(chosen: Sequence[Chosen]) -> list[Pair]:
+    """What was chosen against its baseline, which may be a choice too."""
+    arms = {choice.name: choice.arm for choice in chosen}
+    return [
+        Pair(
+            arm=choice.arm,
+            baseline=arms.get(choice.baseline, choice.baseline),
+            name=choice.name,
+            baseline_name=choice.baseline,
+        )
+        for choice in chosen
+        if choice.baseline is not None
+    ]
+
+
+def arm_rows(setting: Setting, part: Part, scores: Scores) -> list[dict[str, Any]]:
+    """One row an arm and data set: means with intervals, and what the routers did in training."""
+    return [_arm_row(setting, part, data, name, found) for data, arms in scores.items() for name, found in arms.items()]
+
+
+def comparison_rows(setting: Setting, part: Part, pairs: Sequence[Pair], scores: Scores) -> list[dict[str, Any]]:
+    """Each condition, and whether the corruption or attack costs an arm more or less; Holm over a data set's rows."""
+    rows: list[dict[str, Any]] = []
+    for data, arms in scores.items():
+        own = [
+            row
+            for pair in pairs
+            if pair.arm in arms and pair.baseline in arms
+            for row in _compared(setting, pair, arms[pair.arm], arms[pair.baseline])
+        ]
+        tested = [row for row in own if row["p_seeds"] is not None]
         for row, adjusted in zip(tested, holm([row["p_seeds"] for row in tested]), strict=True):
             row["p_holm"] = adjusted
-        comparisons += family
-        arms += [_arm(text, name, own_nats, study) for name, own_nats in nats.items()]
-    document = {
-        "study": study.model_dump(mode="json"),
-        "n_cells": len(cells),
-        "n_cells_done": len(done),
-        "arms": arms,
-        "comparisons": comparisons,
-        "provenance": provenance,
-    }
-    write_json(output / "results.json", document)
-    page = output / "results.md"
-    write_text(page, page_text(study, document))
-    return page
-
-
-class _Nats:
-    """Nats of every cluster of lines by seed and by clean or attacked text, for one arm on one text."""
-
-    def __init__(self, cells: Sequence[StudyCell]) -> None:
-        self.seeds = [cell.seed for cell in cells]
-        self.cells = list(cells)
-        self._sums: dict[str, dict[int, Floats]] = {}
-        self.words_G: Floats = np.zeros(0)
-        self._names: list[str] = []
-        for cell in cells:
-            for name, records in read_line_records(cell.measured).items():
-                self._add(cell, name, list(records.values()))
-
-    def _add(self, cell: StudyCell, name: str, records: list[dict[str, Any]]) -> None:
-        clusters = sorted({record["cluster"] for record in records})
-        index = {cluster: i for i, cluster in enumerate(clusters)}
-        nats, words = np.zeros(len(clusters)), np.zeros(len(clusters))
-        for record in records:
-            nats[index[record["cluster"]]] -= record["log_probability"]
-            words[index[record["cluster"]]] += record["n_words"]
-        if self._names and (clusters != self._names or not np.array_equal(words, self.words_G)):
-            raise InputError("scored other lines than the cells before it", where=cell.name)
-        self._names, self.words_G = clusters, words
-        self._sums.setdefault(name, {})[cell.seed] = nats
-
-    def of(self, name: str, seeds: Sequence[int]) -> Floats:
-        """``[S, G]``."""
-        return np.stack([self._sums[name][seed] for seed in seeds])
-
-
-def _arm(text: str, name: str, nats: _Nats, study: Study) -> dict[str, Any]:
-    routing = [_last_routing(cell) for cell in nats.cells]
-    values = {}
-    for condition in conditions(study):
-        interval = mean_nats(nats.of(condition, nats.seeds), nats.words_G)
-        per_seed = nats.of(condition, nats.seeds).sum(1) / nats.words_G.sum()
-        values[condition] = _perplexity(interval) | {"per_seed": [math.exp(value) for value in per_seed]}
-    return {
-        "text": text,
-        "arm": name,
-        "seeds": nats.seeds,
-        "values": values,
-        "dead_experts": statistics.mean(dead for dead, _ in routing),
-        "experts": routing[0][1],
-        "seconds": statistics.mean(float((cell.folder / "seconds.txt").read_text()) for cell in nats.cells),
-    }
-
-
-def _comparison(study: Study, text: str, name: str, nats: dict[str, _Nats]) -> list[dict[str, Any]]:
-    """On the clean text, on each attacked one, and whether the attack costs the arm more or less."""
-    if name not in nats:
-        return []
-    baseline = study.arms[name].baseline
-    assert baseline is not None
-    arm, other = nats[name], nats[baseline]
-    seeds = [seed for seed in arm.seeds if seed in other.seeds]
-    if not seeds:
-        return []
-    rows = []
-    for condition in conditions(study):
-        first, second = other.of(condition, seeds), arm.of(condition, seeds)
-        rows.append(_row(text, name, baseline, condition, seeds, compare_arms(first, second, arm.words_G)))
-        if condition != cell_name(None):
-            clean_first, clean_second = other.of(cell_name(None), seeds), arm.of(cell_name(None), seeds)
-            loss = compare_arms(first - clean_first, second - clean_second, arm.words_G)
-            rows.append(_row(text, name, baseline, f"loss by {condition}", seeds, loss))
+        rows += [{"part": part, "data": data, **row} for row in own]
     return rows
 
 
-def _row(text: str, arm: str, baseline: str, condition: str, seeds: Sequence[int], found: Comparison) -> dict[str, Any]:
+def _arm_row(setting: Setting, part: Part, data: str, name: str, scores: ArmScores) -> dict[str, Any]:
+    shown = setting.conditions
+    values = {condition: _value(setting, scores, condition) for condition in shown}
+    others = {c: _mean(setting, scores, c) for c in scores.conditions if "/" in c}
+    row: dict[str, Any] = {
+        "part": part,
+        "data": data,
+        "arm": name,
+        "control": setting.study.arms[name].control,
+        "seeds": scores.seeds,
+        "values": values,
+        "cells": others,
+        "routing": final_routing([cell.run for cell in scores.cells]),
+        "predictions_sha256": scores.predictions_sha256(),
+    }
+    if setting.unit.higher_is_better:
+        row["retention"] = {c: _retention(setting, scores, c) for c in shown[1:]}
+    seconds = [cell.seconds for cell in scores.cells if cell.seconds is not None]
+    return row | {"seconds": mean(seconds) if seconds else None}
+
+
+def _value(setting: Setting, scores: ArmScores, condition: str) -> dict[str, Any]:
+    sums, weights = scores.sums(condition), scores.weights(condition)
+    shown = _as_shown(setting, mean_over_seeds(sums, weights))
+    per_seed = [_transformed(setting, float(row.sum() / weights.sum())) for row in sums]
+    return shown | {"per_seed": per_seed}
+
+
+def _mean(setting: Setting, scores: ArmScores, condition: str) -> dict[str, float]:
+    return _as_shown(setting, mean_over_seeds(scores.sums(condition), scores.weights(condition)))
+
+
+def _as_shown(setting: Setting, found: Interval) -> dict[str, float]:
+    """Perplexities are means of nats, exponentiated."""
+    ends = {"value": found.value, "ci_low": found.low, "ci_high": found.high}
+    return {name: _transformed(setting, value) for name, value in ends.items()}
+
+
+def _transformed(setting: Setting, value: float) -> float:
+    return value if setting.unit.higher_is_better else math.exp(value)
+
+
+def _retention(setting: Setting, scores: ArmScores, condition: str) -> dict[str, float] | None:
+    clean = setting.clean_of(condition)
+    found = ratio_over_seeds(
+        scores.sums(condition), scores.weights(condition), scores.sums(clean), scores.weights(clean)
+    )
+    return None if found is None else {"value": found.value, "ci_low": found.low, "ci_high": found.high}
+
+
+def _compared(setting: Setting, pair: Pair, arm: ArmScores, baseline: ArmScores) -> list[dict[str, Any]]:
+    seeds = [seed for seed in arm.seeds if seed in baseline.seeds]
+    if not seeds:
+        return []
+    rows = []
+    for condition in setting.conditions:
+        first, second = baseline.sums(condition, seeds), arm.sums(condition, seeds)
+        weights = arm.weights(condition)
+        rows.append(_row(setting, pair, condition, seeds, compare_arms(first, second, weights)))
+        if condition != setting.conditions[0]:
+            clean = setting.clean_of(condition)
+            found = compare_arms(first - baseline.sums(clean, seeds), second - arm.sums(clean, seeds), weights)
+            rows.append(_row(setting, pair, f"change by {condition}", seeds, found))
+    return rows
+
+
+def _row(setting: Setting, pair: Pair, condition: str, seeds: Sequence[int], found: Comparison) -> dict[str, Any]:
     return {
-        "text": text,
-        "arm": arm,
-        "baseline": baseline,
+        "arm": pair.name,
+        "baseline": pair.baseline_name,
+        "control": setting.study.arms[pair.arm].control,
         "condition": condition,
         "n_seeds": len(seeds),
-        "nats_per_word": asdict(found.interval),
+        "difference": asdict(found.interval),
         "p_seeds": found.p_seeds,
         "p_holm": None,
-        "p_text": found.p_text,
+        "p_data": found.p_data,
     }
-
-
-def _perplexity(nats: Interval) -> dict[str, float]:
-    return {"value": math.exp(nats.value), "ci_low": math.exp(nats.low), "ci_high": math.exp(nats.high)}
-
-
-def _last_routing(cell: StudyCell) -> tuple[int, int]:
-    """Dead experts and all experts at the end of training."""
-    dead = total = 0
-    for path in (cell.folder / "run").glob("*/routing.jsonl"):
-        layers = json.loads(path.read_text(encoding="utf-8").splitlines()[-1])["layers"]
-        for layer in layers.values():
-            dead += sum(share < DEAD / len(layer["load"]) for share in layer["load"])
-            total += len(layer["load"])
-    return dead, total

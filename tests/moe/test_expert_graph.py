@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from symphony_vlm.errors import InputError
 from symphony_vlm.moe.configuration import MoEConfig
 from symphony_vlm.moe.expert_graph import (
+    ControlGraph,
     ExpertGraph,
     LearnableGraph,
     StoredGraph,
@@ -26,6 +27,7 @@ from symphony_vlm.moe.expert_graph import (
 NUM_EXPERTS = 5
 NUM_TOKENS = 40
 NORMALIZATIONS = ["row", "symmetric", "sinkhorn", "frequency"]
+CONTROLS = ["uniform", "random", "shuffled"]
 
 
 def config_of(**settings: Any) -> MoEConfig:
@@ -300,7 +302,8 @@ def graph_of(kind: str, **settings: Any) -> ExpertGraph:
 
 
 def test_a_composition_names_its_kind_of_graph() -> None:
-    kinds = {"symphony": SymphonyGraph, "learnable": LearnableGraph, "fixed": StoredGraph}
+    kinds: dict[str, type[ExpertGraph]] = {"symphony": SymphonyGraph, "learnable": LearnableGraph, "fixed": StoredGraph}
+    kinds |= dict.fromkeys(CONTROLS, ControlGraph)
     assert {kind: type(graph_of(kind)) for kind in kinds} == kinds
     assert make_expert_graph(config_of(expert_graph="none")) is None
 
@@ -383,3 +386,57 @@ def test_a_matrix_that_does_not_fit_is_refused_with_its_shape(matrix: Tensor) ->
     with pytest.raises(InputError, match=r"5 x 5 finite numbers") as error:
         set_expert_graph_(graph_of("fixed"), matrix)
     assert str(tuple(matrix.shape)) in str(error.value)
+
+
+def controlled(kind: str, counts_EE: Tensor, **settings: Any) -> Tensor:
+    """The graph of a control after one step that forgets the identity."""
+    graph = graph_of(kind, num_experts=len(counts_EE), momentum=0.0, **settings)
+    assert isinstance(graph, ControlGraph)
+    graph.update(torch.cat([counts_EE.flatten(), torch.tensor([float(NUM_TOKENS)])]))
+    return graph.adjacency_EE
+
+
+def off_diagonal(matrix_EE: Tensor) -> Tensor:
+    return matrix_EE[~torch.eye(len(matrix_EE), dtype=torch.bool)]
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_a_shuffled_graph_is_symphonys_between_other_experts(normalization: str) -> None:
+    counts_EE = counts_of(membership())
+    own_EE = normalize_counts(counts_EE, torch.tensor(float(NUM_TOKENS)), config_of(normalization=normalization))
+    shuffled_EE = controlled("shuffled", counts_EE, normalization=normalization)
+    # Sinkhorn's sums are formed in another order.
+    torch.testing.assert_close(shuffled_EE, own_EE.roll((1, 1), (0, 1)), atol=1e-6, rtol=0)
+    assert (shuffled_EE - own_EE).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("kind", ["uniform", "random"])
+def test_other_controls_know_the_totals_of_the_counts_alone(kind: str) -> None:
+    one_EE, other_EE = counts_of(membership(seed=1)), counts_of(membership(seed=2))
+    assert not torch.equal(one_EE, other_EE)
+    for settings in ({}, {"normalization": "frequency", "diagonal": "keep"}):
+        first_EE, second_EE = (controlled(kind, counts_EE, **settings) for counts_EE in (one_EE, other_EE))
+        # Equal totals, 40 tokens of two experts each; a division of fp32 apart.
+        torch.testing.assert_close(first_EE, second_EE, atol=1e-6, rtol=0)
+    # strength (1 / tokens) sum C, off the diagonal: two ordered pairs a token.
+    frequency_EE = controlled(kind, one_EE, normalization="frequency")
+    torch.testing.assert_close(off_diagonal(frequency_EE).sum(), torch.tensor(0.5 * 2.0), atol=1e-5, rtol=0)
+
+
+def test_a_uniform_control_is_even_and_a_random_one_is_not() -> None:
+    counts_EE = counts_of(membership())
+    even_EE, random_EE = controlled("uniform", counts_EE), controlled("random", counts_EE)
+    torch.testing.assert_close(off_diagonal(even_EE), torch.full((20,), 0.5 / 4), atol=1e-6, rtol=0)
+    for matrix_EE in (even_EE, random_EE):
+        torch.testing.assert_close(matrix_EE.sum(1), torch.ones(5), atol=1e-6, rtol=0)
+        torch.testing.assert_close(matrix_EE.diagonal(), torch.full((5,), 0.5), atol=1e-6, rtol=0)
+    assert off_diagonal(random_EE).max() > 3 * off_diagonal(random_EE).min()
+
+
+@pytest.mark.parametrize("kind", CONTROLS)
+def test_a_control_without_counts_stays_and_needs_some(kind: str) -> None:
+    graph = graph_of(kind)
+    update_expert_graphs(nn.ModuleList([graph]))
+    assert torch.equal(graph.adjacency_EE, torch.eye(NUM_EXPERTS)) and int(graph.num_updates) == 0
+    with pytest.raises(InputError, match="counts: soft"):
+        config_of(expert_graph=kind, num_experts_per_tok=1)

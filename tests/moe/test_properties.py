@@ -31,7 +31,7 @@ def configurations(draw: st.DrawFn) -> MoEConfig:
     parts: dict[str, Any] = {
         "gate": draw(st.sampled_from(["linear", "cosine"])),
         "score": draw(st.sampled_from(["softmax", "sigmoid"])),
-        "expert_graph": draw(st.sampled_from(["none", "symphony", "fixed", "learnable"])),
+        "expert_graph": draw(st.sampled_from(["none", "symphony", "fixed", "learnable", "shuffled"])),
         "smooth": draw(st.sampled_from(["probs", "logits"])),
         "applies_to": draw(st.sampled_from(["both", "selection", "weights"])),
         "renormalize": draw(st.booleans()),
