@@ -11,12 +11,13 @@ Products, sums and their order are autograd's, and so are the bits of all result
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from symphony_vlm.moe.gradient_memory import GradientMemory
 
@@ -195,28 +196,36 @@ class _Backward:
         assert weights.up is not None and weights.down is not None
         hidden_nH = self.hidden_NH[rows]
         gate_nF, factor_nF = hidden_nH.chunk(2, dim=-1) if self.setting.gated else (hidden_nH, None)
-        with torch.enable_grad():
-            gate_nF = gate_nF.detach().requires_grad_()
-            active_nF = self.setting.act_fn(gate_nF)
+        active_nF, backward = _activate(self.setting.act_fn, self.of_activation, gate_nF)
         if grads.down_bias is not None:
             torch.sum(grad_nO, 0, out=grads.down_bias)
         if grads.down is not None:
-            product_nF = active_nF.detach() if factor_nF is None else active_nF.detach() * factor_nF
-            torch.mm(grad_nO.T, product_nF, out=grads.down)
+            torch.mm(grad_nO.T, active_nF if factor_nF is None else active_nF * factor_nF, out=grads.down)
         if not self.needs_hidden:
             return
         grad_nF = grad_nO @ weights.down
-        grad_gate_nF, *found = torch.autograd.grad(
-            active_nF, [gate_nF, *self.of_activation], grad_nF if factor_nF is None else grad_nF * factor_nF
-        )
+        grad_gate_nF, *found = backward(grad_nF if factor_nF is None else grad_nF * factor_nF)
         for total, grad in zip(self.grads_of_activation, found, strict=True):
             total += grad
         grad_nH = grad_gate_nF
         if factor_nF is not None:
-            grad_nH = torch.cat([grad_gate_nF, grad_nF.mul_(active_nF.detach())], dim=-1)
+            grad_nH = torch.cat([grad_gate_nF, grad_nF.mul_(active_nF)], dim=-1)
         if grads.up_bias is not None:
             torch.sum(grad_nH, 0, out=grads.up_bias)
         if grads.up is not None:
             torch.mm(grad_nH.T, self.x_TD.index_select(0, token_n), out=grads.up)
         if self.grad_x_TD is not None:
             self.grad_x_TD.index_add_(0, token_n, grad_nH @ weights.up)
+
+
+def _activate(
+    act_fn: nn.Module, parameters: list[Tensor], gate_nF: Tensor
+) -> tuple[Tensor, Callable[[Tensor], Sequence[Tensor]]]:
+    """The activation, and what makes of its gradient those of its input and of its parameters."""
+    if "SiLU" in type(act_fn).__name__:
+        # Autograd within a backward pass takes longer to start than this does on a small block.
+        return F.silu(gate_nF), lambda grad_nF: [torch.ops.aten.silu_backward(grad_nF, gate_nF)]
+    with torch.enable_grad():
+        leaf_nF = gate_nF.detach().requires_grad_()
+        active_nF = act_fn(leaf_nF)
+    return active_nF.detach(), lambda grad_nF: torch.autograd.grad(active_nF, [leaf_nF, *parameters], grad_nF)
