@@ -15,7 +15,6 @@ import copy
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,15 +91,15 @@ def _packed(setup: Setup, steps: int, device: torch.device) -> list[Batch]:
 def _usual(model: Any) -> Any:
     """The model with transformers' eager experts."""
     for _, layer in sparse_layers(model):
-        experts = layer.experts
-        experts.config._experts_implementation = "eager"
-        experts.forward = partial(_eager, experts)
+        layer.experts.__class__ = _EagerExperts
+        layer.experts.config._experts_implementation = "eager"
     return model
 
 
-def _eager(experts: Experts, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
-    output_TD: Tensor = MixtralExperts.forward(experts, x_TD, indices_TK, weights_TK)
-    return output_TD
+class _EagerExperts(Experts):
+    def forward(self, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
+        output_TD: Tensor = MixtralExperts.forward(self, x_TD, indices_TK, weights_TK)
+        return output_TD
 
 
 def _loss_of_all_logits(model: Any, batch: Batch) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from transformers.activations import SiLUActivation
 
 from symphony_vlm.moe.gradient_memory import GradientMemory
 
@@ -193,6 +194,8 @@ class _Backward:
     def _expert(self, expert: int, rows: slice, token_n: Tensor, grad_nO: Tensor) -> None:
         """One expert's gradients from that of its results."""
         weights, grads = self.parameters.of(expert), self.grads.of(expert)
+        if not self.needs_hidden and grads.down is None and grads.down_bias is None:
+            return
         assert weights.up is not None and weights.down is not None
         hidden_nH = self.hidden_NH[rows]
         gate_nF, factor_nF = hidden_nH.chunk(2, dim=-1) if self.setting.gated else (hidden_nH, None)
@@ -222,7 +225,7 @@ def _activate(
     act_fn: nn.Module, parameters: list[Tensor], gate_nF: Tensor
 ) -> tuple[Tensor, Callable[[Tensor], Sequence[Tensor]]]:
     """The activation, and what makes of its gradient those of its input and of its parameters."""
-    if "SiLU" in type(act_fn).__name__:
+    if type(act_fn) in (nn.SiLU, SiLUActivation):
         # Autograd within a backward pass takes longer to start than this does on a small block.
         return F.silu(gate_nF), lambda grad_nF: [torch.ops.aten.silu_backward(grad_nF, gate_nF)]
     with torch.enable_grad():
