@@ -159,7 +159,9 @@ class _Layer:
 class _Network(nn.Module):
     def __init__(self, *weights: Tensor) -> None:
         super().__init__()
-        self.gate_proj, self.up_proj, self.down_proj = (nn.Linear(*weight.T.shape, bias=False) for weight in weights)
+        self.gate_proj, self.up_proj, self.down_proj = (
+            nn.Linear(weight.shape[1], weight.shape[0], bias=False) for weight in weights
+        )
         for linear, weight in zip(self.children(), weights, strict=True):
             linear.load_state_dict({"weight": weight})
 

@@ -36,13 +36,15 @@ from symphony_vlm.moe.expert_graph import update_expert_graphs
 from symphony_vlm.training.parts import assemble, open_tokenizer
 from symphony_vlm.training.trainer import freeze_except, parameter_groups
 
-__all__ = ["cases"]
+__all__ = ["Batch", "Setup", "cases", "collate", "num_supervised", "set_up", "trains"]
 
 Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Setup:
+class Setup:
+    """A model, and what it trains on."""
+
     model: Any
     rates: dict[str, float]
     samples: ConversationDataset
@@ -63,13 +65,14 @@ def cases(
     """
     recipe = load_recipe("tiny" if tiny else "instruct_small")
     with tempfile.TemporaryDirectory() as folder:
-        setup = _set_up(recipe, 8 if tiny else 256, Path(folder), data, image_folder)
+        setup = set_up(recipe, 8 if tiny else 256, Path(folder), data, image_folder)
         setup.model.to(device)
         for per_step in (4,) if tiny else (16, 64, 128):
             yield _case(setup, per_step, device)
 
 
-def _set_up(recipe: Recipe, num_samples: int, folder: Path, data: Path | None, image_folder: Path | None) -> _Setup:
+def set_up(recipe: Recipe, num_samples: int, folder: Path, data: Path | None, image_folder: Path | None) -> Setup:
+    """The recipe's model with random weights, as its last stage trains it, and conversations."""
     if data is None:
         data = generate_scenes(folder / "scenes", train=num_samples, test=1).train_json
     source = open_samples(data, image_folder=image_folder)
@@ -90,10 +93,10 @@ def _set_up(recipe: Recipe, num_samples: int, folder: Path, data: Path | None, i
     rows = ConversationCollator(
         tokenizer.pad_token_id, lambda squares: processor.image_processor(squares)["pixel_values"]
     )
-    return _Setup(model=model.train(), rates=stage.train, samples=samples, rows=rows, max_length=stage.max_length)
+    return Setup(model=model.train(), rates=stage.train, samples=samples, rows=rows, max_length=stage.max_length)
 
 
-def _case(setup: _Setup, per_step: int, device: torch.device) -> Case:
+def _case(setup: Setup, per_step: int, device: torch.device) -> Case:
     lengths = [setup.samples.num_tokens(index) for index in range(len(setup.samples))]
     # `group_by: length` sorts within pieces of 50 batches; all of these conversations are less than one.
     grouped = sorted(range(len(lengths)), key=lambda index: lengths[index], reverse=True)
@@ -103,32 +106,38 @@ def _case(setup: _Setup, per_step: int, device: torch.device) -> Case:
     packed = PackedDataset(setup.samples, max_length=row, seed=0)
     parts = np.array_split(np.arange(len(packed)), steps)
     passes = {
-        "padded": _collate(setup, list(range(len(lengths))), per_step),
-        "grouped by length": _collate(setup, grouped, per_step),
+        "padded": collate(setup, list(range(len(lengths))), per_step),
+        "grouped by length": collate(setup, grouped, per_step),
         "packed": [PackedCollator(setup.rows)([packed[int(index)] for index in part]) for part in parts],
     }
     assert {len(batches) for batches in passes.values()} == {steps}
     contenders = {
-        name: _trains(copy.deepcopy(setup.model), setup.rates, batches, device) for name, batches in passes.items()
+        name: trains(copy.deepcopy(setup.model), setup.rates, batches, device) for name, batches in passes.items()
     }
     places = {name: sum(batch["input_ids"].numel() for batch in batches) for name, batches in passes.items()}
     settings: dict[str, int | str] = {"conversations a step": per_step, "tokens": sum(lengths)}
     settings |= {f"places {name}": number for name, number in places.items()}
-    supervised = sum(_num_supervised(batch) for batch in passes["padded"])
+    supervised = sum(num_supervised(batch) for batch in passes["padded"])
     return Case(settings=settings, contenders=contenders, items=("supervised tokens", supervised))
 
 
-def _collate(setup: _Setup, order: Sequence[int], per_step: int) -> list[Batch]:
+def collate(setup: Setup, order: Sequence[int], per_step: int) -> list[Batch]:
+    """Padded batches of samples in that order."""
     steps = [order[start : start + per_step] for start in range(0, len(order), per_step)]
     return [setup.rows([setup.samples[index] for index in step]) for step in steps]
 
 
-def _num_supervised(batch: Batch) -> int:
+def num_supervised(batch: Batch) -> int:
+    """Positions with a target."""
     return int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
 
 
-def _trains(
-    model: Any, rates: dict[str, float], batches: Sequence[Batch], device: torch.device
+def trains(
+    model: Any,
+    rates: dict[str, float],
+    batches: Sequence[Batch],
+    device: torch.device,
+    loss_of: Callable[[Any, Batch], Tensor] = lambda model, batch: model(**batch).loss,
 ) -> Callable[[], Sequence[Tensor]]:
     """A pass over the batches, one optimizer step each; returns the number of supervised tokens."""
     on_device = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
@@ -139,11 +148,11 @@ def _trains(
         supervised = torch.zeros((), dtype=torch.long)
         for batch in on_device:
             with attention_by_document(model.language_model) if "document_ids" in batch else nullcontext():
-                model(**batch).loss.backward()
+                loss_of(model, batch).backward()
             optimizer.step()
             optimizer.zero_grad()
             update_expert_graphs(model)
-            supervised += _num_supervised(batch)
+            supervised += num_supervised(batch)
         return (supervised,)
 
     return run

@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from symphony_vlm.errors import InputError
-from symphony_vlm.moe.token_exchange import ExpertShard, combine
+from symphony_vlm.moe.gradient_memory import GradientMemory
+from symphony_vlm.moe.segments import ExpertParameters, compute_segments
+from symphony_vlm.moe.token_exchange import ExpertShard
 
 __all__ = ["Experts"]
 
@@ -93,6 +94,7 @@ class Experts(nn.Module):
             self.register_parameter(f"{up}_bias", nn.Parameter(torch.empty(num_experts, up_size)))
             self.down_proj_bias = nn.Parameter(torch.empty(num_experts, output_size))
         self.act_fn = ACT2FN[hidden_act] if isinstance(hidden_act, str) else hidden_act
+        self._gradient_memory = GradientMemory()
         # `sonicmoe` asks for the activation's name; one that it does not know it refuses.
         self.config = SimpleNamespace(hidden_act="silu" if "SiLU" in type(self.act_fn).__name__ else repr(self.act_fn))
 
@@ -148,28 +150,14 @@ class Experts(nn.Module):
         return "batched_mm" if compiled_step and x_TD.dtype != torch.bfloat16 else "grouped_mm"
 
     def _segments(self, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
-        """One contiguous block of tokens and one product per expert."""
-        k = indices_TK.shape[1]
-        # Sorting the N routed tokens by expert makes each expert's input one contiguous block. A stable order keeps
-        # the sums, and so the rounding, reproducible.
-        order_N = torch.argsort(indices_TK.flatten(), stable=True)
-        token_N = order_N // k
-        counts_E = torch.bincount(indices_TK.flatten(), minlength=self.num_experts)
-        blocks = x_TD[token_N].split(counts_E.tolist())
-        # `unbind` and not indexing: the backward of w[e] is a zero tensor of the size of all experts for each e, a
-        # cost that grows with E squared; the backward of unbind is one stack.
-        stacked = [self.up_weight, self.down_proj]
-        if self.has_bias:
-            stacked += [self.up_bias, self.down_proj_bias]
-        experts = zip(*(weight.unbind(0) for weight in stacked), strict=True)
-        outputs_NO = torch.cat([self._expert(block, *parts) for block, parts in zip(blocks, experts, strict=True)])
-        return combine(outputs_NO, weights_TK, order_N, x_TD.dtype)
-
-    def _expert(
-        self, x: Tensor, up: Tensor, down: Tensor, up_bias: Tensor | None = None, down_bias: Tensor | None = None
-    ) -> Tensor:
-        hidden = F.linear(x, up, up_bias)
-        return F.linear(self._apply_gate(hidden) if self.has_gate else self.act_fn(hidden), down, down_bias)
+        parts = [self.up_weight, self.down_proj]
+        parts += [self.up_bias, self.down_proj_bias] if self.has_bias else []
+        if torch.is_autocast_enabled(x_TD.device.type):
+            parts = [part.to(x_TD.dtype) for part in parts]
+        parameters = ExpertParameters(*parts, *[None] * (4 - len(parts)))
+        return compute_segments(
+            x_TD, weights_TK, indices_TK, parameters, self.act_fn, gated=self.has_gate, memory=self._gradient_memory
+        )
 
     def _apply_gate(self, hidden: Tensor) -> Tensor:
         gate, up = hidden.chunk(2, dim=-1)

@@ -1,0 +1,300 @@
+"""`segments` against autograd's own backward pass of the same products, bit for bit, and where autograd bends it."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from symphony_vlm.moe import experts as experts_module
+from symphony_vlm.moe.configuration import MoEConfig
+from symphony_vlm.moe.experts import Experts
+from symphony_vlm.moe.gradient_memory import GradientMemory
+from symphony_vlm.moe.layer import SparseMoE
+from symphony_vlm.moe.segments import ExpertParameters, compute_segments
+from symphony_vlm.moe.token_exchange import combine
+
+NUM_EXPERTS, WIDTH, INNER = 6, 64, 96
+
+
+def by_autograd(
+    x_TD: Tensor,
+    weights_TK: Tensor,
+    indices_TK: Tensor,
+    parameters: ExpertParameters,
+    act_fn: nn.Module,
+    *,
+    gated: bool,
+    memory: GradientMemory,
+) -> Tensor:
+    """The same in operations that autograd differentiates, as this package computed it before."""
+    order_N = torch.argsort(indices_TK.flatten(), stable=True)
+    counts_E = torch.bincount(indices_TK.flatten(), minlength=len(parameters.down))
+    blocks = x_TD[order_N // indices_TK.shape[1]].split(counts_E.tolist())
+    parts = [[None] * len(blocks) if part is None else part.unbind(0) for part in parameters]
+    results = []
+    for block, up, down, up_bias, down_bias in zip(blocks, *parts, strict=True):
+        hidden = F.linear(block, up, up_bias)
+        if gated:
+            gate, factor = hidden.chunk(2, dim=-1)
+            hidden = act_fn(gate) * factor
+        else:
+            hidden = act_fn(hidden)
+        results.append(F.linear(hidden, down, down_bias))
+    return combine(torch.cat(results), weights_TK, order_N, x_TD.dtype)
+
+
+@pytest.fixture
+def before(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    """Switches all experts to `by_autograd` and back."""
+
+    def switch(on: bool) -> None:
+        monkeypatch.setattr(experts_module, "compute_segments", by_autograd if on else compute_segments)
+
+    return switch
+
+
+def make_experts(dtype: torch.dtype = torch.float32, **form: Any) -> Experts:
+    torch.manual_seed(0)
+    form = {"hidden_act": "silu"} | form
+    experts = Experts(NUM_EXPERTS, WIDTH, INNER, implementation="segments", **form)
+    for weight in experts.parameters():
+        nn.init.normal_(weight, std=0.2)
+    return experts.to(dtype)
+
+
+def inputs(num_tokens: int = 70, k: int = 2, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, weights, and indices among which expert 4 is missing."""
+    torch.manual_seed(1)
+    usable = torch.tensor([0, 1, 2, 3, 5])
+    indices_TK = torch.stack([usable[torch.randperm(5)[:k]] for _ in range(num_tokens)])
+    x_TD = torch.randn(num_tokens, WIDTH).to(dtype).requires_grad_()
+    return x_TD, torch.rand(num_tokens, k).softmax(-1).requires_grad_(), indices_TK
+
+
+def results_of(experts: Experts, dtype: torch.dtype, k: int) -> list[Tensor]:
+    x_TD, weights_TK, indices_TK = inputs(k=k, dtype=dtype)
+    y_TO = experts(x_TD, weights_TK, indices_TK)
+    torch.manual_seed(2)
+    return [y_TO, *torch.autograd.grad(y_TO, [x_TD, weights_TK, *experts.parameters()], torch.randn_like(y_TO))]
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "form",
+    [
+        {},
+        {"hidden_act": "gelu_pytorch_tanh", "bias": True, "output_size": 40},
+        {"hidden_act": "quick_gelu", "gated": False},
+        {"hidden_act": "relu", "gated": False, "bias": True},
+    ],
+    ids=["swiglu", "gated, biases, another width", "plain", "plain, biases"],
+)
+def test_output_and_gradients_have_the_bits_of_autograds(
+    form: dict[str, Any], dtype: torch.dtype, k: int, before: Callable[[bool], None]
+) -> None:
+    experts = make_experts(dtype, **form)
+    ours = results_of(experts, dtype, k)
+    before(True)
+    for found, expected in zip(ours, results_of(experts, dtype, k), strict=True):
+        assert found.dtype == expected.dtype and expected.abs().max() > 0.1
+        assert torch.equal(found, expected)
+
+
+def losses_of_twenty_steps() -> list[float]:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": WIDTH, "intermediate_size": INNER, "hidden_act": "silu"}
+    layers = nn.Sequential(*(SparseMoE(MoEConfig(num_experts=4), **sizes, layer_index=i) for i in range(2)))
+    for layer in layers:
+        layer.reset(std=0.2)
+    optimizer = torch.optim.AdamW(layers.parameters(), lr=1e-2)
+    x_BSD, target_BSD = torch.randn(2, 3, 40, WIDTH)
+    losses = []
+    for _ in range(20):
+        loss = F.mse_loss(layers(x_BSD), target_BSD)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def test_twenty_training_steps_have_the_losses_they_had_before(before: Callable[[bool], None]) -> None:
+    ours = losses_of_twenty_steps()
+    before(True)
+    assert ours == losses_of_twenty_steps()
+    assert ours[-1] < 0.5 * ours[0]
+
+
+@pytest.mark.parametrize("form", [{}, {"hidden_act": "gelu", "gated": False, "bias": True}], ids=["gated", "plain"])
+def test_the_written_gradients_are_those_of_finite_differences(form: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    experts = Experts(3, 4, 5, implementation="segments", **({"hidden_act": "silu"} | form)).double()
+    names = [name for name, _ in experts.named_parameters()]
+    indices_TK = torch.tensor([[0, 2], [2, 0], [0, 2], [2, 2]])
+
+    def function(x_TD: Tensor, weights_TK: Tensor, *parts: Tensor) -> Tensor:
+        values = dict(zip(names, parts, strict=True))
+        return torch.func.functional_call(experts, values, (x_TD, weights_TK, indices_TK))
+
+    shapes = [(4, 4), (4, 2), *(parameter.shape for parameter in experts.parameters())]
+    tensors = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    assert torch.autograd.gradcheck(function, tensors)
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.name() in ("aten::mm", "aten::mm.out")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("trained", "products"),
+    [
+        # The forward pass has two; the gradients of the hidden units, the input and each weight take one each.
+        ("x gate_up_proj down_proj", 6),
+        ("x", 4),
+        ("gate_up_proj", 4),
+        ("down_proj", 3),
+        ("weights", 2),
+        ("", 2),
+    ],
+)
+def test_what_is_frozen_costs_nothing(trained: str, products: int) -> None:
+    experts = make_experts()
+    x_TD, weights_TK, indices_TK = inputs()
+    tensors = {"x": x_TD, "weights": weights_TK, **dict(experts.named_parameters())}
+    whole = results_of(experts, torch.float32, 2)
+    for name, tensor in tensors.items():
+        tensor.requires_grad_(name in trained.split())
+    with Products() as counter:
+        y_TO = experts(x_TD, weights_TK, indices_TK)
+        assert y_TO.requires_grad == bool(trained)
+        if trained:
+            torch.manual_seed(2)
+            y_TO.backward(torch.randn_like(y_TO))
+    assert counter.count == products * 5, "an expert without tokens has none"
+    for (name, tensor), expected in zip(tensors.items(), whole[1:], strict=True):
+        assert torch.equal(tensor.grad, expected) if name in trained.split() else tensor.grad is None
+
+
+@pytest.mark.parametrize("use", ["checkpointing", "accumulation", "autocast"])
+def test_gradients_have_the_bits_of_autograds_under(use: str, before: Callable[[bool], None]) -> None:
+    def gradients() -> list[Tensor]:
+        experts = make_experts(bias=True)
+        tensors = inputs()
+        for repeat in range(2):
+            with torch.autocast("cpu", torch.bfloat16, enabled=use == "autocast"):
+                if use == "checkpointing":
+                    y_TO = checkpoint(experts, *tensors, use_reentrant=False)
+                else:
+                    y_TO = experts(*tensors)
+            if repeat == 0 and use != "accumulation":
+                experts.zero_grad()
+            (y_TO.float() ** 2).sum().backward()
+        return [parameter.grad for parameter in experts.parameters()]
+
+    ours = gradients()
+    before(True)
+    for found, expected in zip(ours, gradients(), strict=True):
+        assert found.dtype == torch.float32 and torch.equal(found, expected)
+
+
+def test_an_activation_may_have_parameters_of_its_own(before: Callable[[bool], None]) -> None:
+    def gradients() -> list[Tensor]:
+        return results_of(make_experts(hidden_act=nn.PReLU(init=0.1)), torch.float32, 2)
+
+    *ours, slope = gradients()
+    before(True)
+    *expected, expected_slope = gradients()
+    assert all(torch.equal(*pair) for pair in zip(ours, expected, strict=True))
+    # Summed over experts in another order.
+    torch.testing.assert_close(slope, expected_slope, rtol=1e-5, atol=0.0)
+    assert slope.abs() > 1
+
+
+def test_a_compiled_function_leaves_it_out_and_goes_on() -> None:
+    experts = make_experts()
+    x_TD, weights_TK, indices_TK = inputs()
+
+    def twice(x_TD: Tensor) -> Tensor:
+        return experts(experts(x_TD * 2, weights_TK, indices_TK) + 1, weights_TK, indices_TK)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(twice, backend="eager")
+    gradients = [torch.autograd.grad(function(x_TD).square().sum(), x_TD)[0] for function in (twice, compiled)]
+    assert torch.equal(*gradients)
+    with torch.inference_mode():
+        assert torch.equal(compiled(x_TD), twice(x_TD))
+
+
+def test_a_second_derivative_is_refused() -> None:
+    x_TD, weights_TK, indices_TK = inputs()
+    y_TO = make_experts()(x_TD, weights_TK, indices_TK)
+    (gradient,) = torch.autograd.grad(y_TO.square().sum(), x_TD, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+# Memory of large gradients.
+
+LARGE = torch.empty(5 * 2**20)
+"""20 MB in 32 bits, 40 in 64."""
+
+
+def test_memory_is_given_again_only_when_nobody_holds_it() -> None:
+    memory, large = GradientMemory(), LARGE.double()
+    first = memory.empty_like(0, large)
+    assert first.shape == large.shape and first.dtype == large.dtype and first.data_ptr() % 64 == 0
+    place = first.data_ptr()
+    kept = [first[3:].view(torch.int64), first.numpy()[4:]]
+    first.fill_(1.0)
+    del first
+    while kept:
+        second = memory.empty_like(0, large)
+        assert second.data_ptr() != place, "a view is held"
+        place = second.data_ptr()
+        kept = [second.detach()] if len(kept) == 2 else []
+        del second
+    assert memory.empty_like(0, large).data_ptr() == place
+    assert memory.empty_like(1, large).data_ptr() != place, "of another gradient"
+
+
+def test_small_gradients_are_torchs_own() -> None:
+    memory = GradientMemory()
+    assert memory.empty_like(0, LARGE).untyped_storage().resizable()
+    assert not memory.empty_like(0, LARGE.double()).untyped_storage().resizable()
+
+
+def test_a_parameters_gradient_stays_in_that_memory_and_accumulates() -> None:
+    torch.manual_seed(0)
+    experts = Experts(2, 2048, 1056, "silu", implementation="segments")  # 34.6 MB of first weights
+    experts.reset(0.02)
+    x_TD, weights_TK = torch.randn(3, 2048), torch.rand(3, 1)
+    indices_TK = torch.tensor([[0], [1], [0]])
+    places = []
+    for _ in range(2):
+        experts(x_TD, weights_TK, indices_TK).sum().backward()
+        assert experts.gate_up_proj.grad is not None
+        places.append(experts.gate_up_proj.grad.data_ptr())
+        once = experts.gate_up_proj.grad.clone()
+        experts(x_TD, weights_TK, indices_TK).sum().backward()
+        assert torch.equal(experts.gate_up_proj.grad, 2 * once) and once.abs().max() > 0
+        experts.zero_grad()
+    # The second of each two has its own; the next first one may then have either.
+    other = copy.deepcopy(experts)
+    assert pickle.loads(pickle.dumps(experts._gradient_memory))._blocks == {}
+    assert other._gradient_memory._blocks == {} and len(experts._gradient_memory._blocks) == 1
