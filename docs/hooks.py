@@ -10,7 +10,7 @@ from typing import Any
 from latex2mathml.converter import convert
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-LINK = re.compile(r"\[(?P<text>[^\]]*)\]\((?P<target>\.\./[^)#\s]*)(?:#[^)]*)?\)")
+LINK = re.compile(r"\[(?P<text>[^\]]*)\]\((?P<target>[^)#\s:]+)(?:#[^)]*)?\)")
 
 
 def on_config(config: Any) -> Any:
@@ -21,17 +21,16 @@ def on_config(config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Links to source files, which the repository has and the site has not, lead to the reference of their module."""
+    """Links to what the repository has and the site has not: those to modules lead to their reference, others go."""
     folder = posixpath.join("docs", posixpath.dirname(page.file.src_uri))
 
     def replace(link: re.Match[str]) -> str:
         path = posixpath.normpath(posixpath.join(folder, link["target"]))
-        if path.startswith("docs/"):
+        found = REPOSITORY / path
+        if not found.exists() or (path.startswith("docs/") and not found.is_dir()):
             return link[0]
-        if not (REPOSITORY / path).exists():
-            raise FileNotFoundError(f"{page.file.src_uri} links to {link['target']}, which is not there")
         module = path.removesuffix(".py").replace("/", ".")
-        is_module = path.startswith("symphony_vlm") and (path.endswith(".py") or (REPOSITORY / path).is_dir())
+        is_module = path.startswith("symphony_vlm") and (path.endswith(".py") or found.is_dir())
         return f"[{link['text']}][{module}]" if is_module else link["text"]
 
     return LINK.sub(replace, markdown)
