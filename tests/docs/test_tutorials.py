@@ -44,6 +44,11 @@ def test_the_recipe_of_the_examples_is_valid() -> None:
     assert [stage.name for stage in recipe.stages] == ["dense", "sparse"]
 
 
+@pytest.mark.parametrize(("page", "file"), [("router", "soft_cap_router.py"), ("task", "tasks/counting.py")])
+def test_a_file_in_the_text_is_the_file(page: str, file: str) -> None:
+    assert (EXAMPLES / file).read_text(encoding="utf-8") in _blocks(f"tutorials/{page}.md", "python")
+
+
 def test_a_router_of_ones_own_is_upcycled_trained_and_opened_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -55,7 +60,7 @@ def test_a_router_of_ones_own_is_upcycled_trained_and_opened_again(
         monkeypatch.setitem(PRESETS, name, PRESETS[name])
     monkeypatch.syspath_prepend(str(EXAMPLES))
     monkeypatch.delitem(sys.modules, "soft_cap_router", raising=False)
-    (program,) = _blocks("tutorials/router.md", "python")[1:]
+    _, program = _blocks("tutorials/router.md", "python")
     names: dict[str, object] = {}
     try:
         exec(program, names)
