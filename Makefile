@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart install test test-slow test-browser lint clean
+.PHONY: quickstart install test test-slow test-browser lint docs clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/symphony-vlm quickstart --output runs/quickstart
@@ -26,6 +26,10 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The pages and the reference as a site in build/site/. A warning is an error.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info
 
@@ -39,4 +43,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.installed-test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install -e '.[test]' -c constraints.txt
+	touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-docs: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install -e '.[docs]' -c constraints.txt
 	touch $@ $(VENV)/.installed
