@@ -108,7 +108,8 @@ def load(
         raise InputError(first, where=folder, remedy="Give the folder of a saved model or run.") from error
     if quantization != "none":
         quantize_(model, quantization, model.dtype)
-    return model.to(chosen).eval()
+    opened: SymphonyVLMForConditionalGeneration = model.to(chosen).eval()
+    return opened
 
 
 def load_language_model(

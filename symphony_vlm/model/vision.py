@@ -141,7 +141,7 @@ class OpenClipTower(VisionTower):
             intermediates_only=True,
             output_extra_tokens=self.config.feature_select == "cls_patch",
         )
-        features = out["image_intermediates"][0].flatten(2).transpose(1, 2)
+        features: Tensor = out["image_intermediates"][0].flatten(2).transpose(1, 2)
         if self.config.feature_select == "cls_patch" and "image_intermediates_prefix" in out:
             features = torch.cat([out["image_intermediates_prefix"][0], features], dim=1)
         return features
@@ -207,12 +207,12 @@ class HuggingFaceTower(VisionTower):
         self._measure()
 
     def encode(self, pixels_N3HW: Tensor) -> Tensor:
-        hidden_NPC = self.model(pixels_N3HW, output_hidden_states=True).hidden_states[-1]
+        hidden_NPC: Tensor = self.model(pixels_N3HW, output_hidden_states=True).hidden_states[-1]
         has_class_token = hidden_NPC.shape[1] == self._num_patches() + 1
         return hidden_NPC[:, 1:] if has_class_token and self.config.feature_select == "patch" else hidden_NPC
 
     def _num_patches(self) -> int:
-        return (self.config.image_size // self.model.config.patch_size) ** 2
+        return int((self.config.image_size // self.model.config.patch_size) ** 2)
 
 
 def build_vision_tower(config: VisionConfig) -> VisionTower:
