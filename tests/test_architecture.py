@@ -29,6 +29,7 @@ FORBIDDEN = {
     # Harnesses of other people: they stand beside the command line, and nothing here needs them.
     "integrations": {"training", "serving", "cli", "quickstart"},
     "study": {"serving", "cli", "integrations", "quickstart"},
+    "doctor": {"data", "training", "evaluation", "serving", "cli", "integrations", "quickstart", "study"},
     "cli": set(),
 }
 """For each part, those it must not import: moe <- model <- {training, evaluation, serving} <- cli, quickstart.

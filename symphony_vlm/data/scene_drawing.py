@@ -237,10 +237,10 @@ def _background_mix(background: Background, size: int) -> np.ndarray:
     ramp = abs(steps_x) * x + steps_y * np.arange(size)[:, None]
     if background.kind == "gradient":
         mix: np.ndarray = ramp * 255 // int(ramp.max())
-        return mix
-    period = size * int(rng.integers(14, 26)) // 64
-    phase = (ramp + int(rng.integers(period))) % period
-    mix = np.abs(2 * phase - period) * 255 // period
+    else:
+        period = size * int(rng.integers(14, 26)) // 64
+        phase = (ramp + int(rng.integers(period))) % period
+        mix = np.abs(2 * phase - period) * 255 // period
     return mix
 
 
