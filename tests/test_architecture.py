@@ -18,6 +18,10 @@ FORBIDDEN = {
     "corruptions": {
         *("model", "moe", "data", "training", "evaluation", "serving", "config", "cli", "integrations", "quickstart")
     },
+    "cards": {
+        *("model", "moe", "data", "training", "evaluation", "serving", "config", "cli", "integrations", "quickstart"),
+        *("corruptions", "study", "doctor"),
+    },
     "moe": {"model", "data", "training", "evaluation", "serving", "config", "cli", "integrations", "quickstart"},
     "model": {"training", "evaluation", "serving", "config", "cli", "integrations", "quickstart"},
     "data": {"model", "moe", "training", "evaluation", "serving", "config", "cli", "integrations", "quickstart"},
