@@ -174,7 +174,7 @@ def _configuration(folder: str | Path) -> dict[str, Any] | None:
         return None
     try:
         values = json.loads(file.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"not valid JSON ({error})", where=str(file)) from error
     if not isinstance(values, dict):
         raise InputError("a configuration is a JSON object", where=str(file))

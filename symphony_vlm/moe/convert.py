@@ -246,7 +246,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise InputError("no such file", where=str(path), remedy="Give the folder of a saved model.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"not valid JSON ({error})", where=str(path)) from error
     if not isinstance(values, dict):
         raise InputError("a JSON object is expected", where=str(path))
