@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart install test test-slow test-browser lint clean
+.PHONY: quickstart install test test-slow test-browser lint dist clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/symphony-vlm quickstart --output runs/quickstart
@@ -25,6 +25,13 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# What is published: a wheel and all sources, checked as the package index checks them.
+dist: $(VENV)/.installed
+	$(BIN)/python -m pip install -e '.[release]' -c constraints.txt
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
