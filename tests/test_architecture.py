@@ -156,4 +156,5 @@ def test_every_package_is_installed() -> None:
     """The list in pyproject.toml is written by hand: a folder that it lacks would be missing from the wheel."""
     listed = re.findall(r'^  "(symphony_vlm[.\w]*)",$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)
     folders = {".".join(path.parent.relative_to(ROOT).parts) for path in PACKAGE.rglob("__init__.py")}
-    assert folders - {"symphony_vlm._configs"} == set(listed) - {"symphony_vlm._configs"}
+    settings = {f"symphony_vlm._configs.{path.name}" for path in (ROOT / "configs").iterdir()}
+    assert set(listed) == folders | settings | {"symphony_vlm._configs"}
