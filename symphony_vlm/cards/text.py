@@ -109,7 +109,7 @@ def _architecture(facts: Facts) -> str:
             (f"pretrained {part['part']}", f"{part['name']} ({part['licence'] or 'licence: see its own card'})")
         )
     if facts.num_parameters:
-        rows.append(("parameters in this folder", f"{facts.num_parameters:,}"))
+        rows.append(("numbers in the weight files", f"{facts.num_parameters:,}"))
     vision, text = facts.config.get("vision_config"), facts.config.get("text_config")
     if isinstance(vision, Mapping):
         form = vision.get("architecture") or vision

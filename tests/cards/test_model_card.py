@@ -86,7 +86,7 @@ def test_a_card_says_what_the_model_is_and_where_it_comes_from(tmp_path: Path) -
         "# my_recipe, stage instruct",
         'model = sv.load("FOLDER_OR_HUB_ID")',
         "| pretrained language model | Qwen/Qwen3-0.6B (Apache 2.0) |",
-        "| parameters in this folder | 16 |",
+        "| numbers in the weight files | 16 |",
         "| vision tower | open_clip, 3 layers, pictures of 64 pixels |",
         "| language model | qwen3, layers 5, hidden size 32, vocabulary 400 |",
         "| moe.router | symphony_smoe |",
