@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from symphony_vlm.errors import InputError
+from symphony_vlm.model.loading import model_type_of
+
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("symphony_vlm", "train", "eval", "demo", "benchmarks", "docs")
 FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
@@ -132,3 +135,9 @@ def test_a_forbidden_call_is_found(source: str) -> None:
 )
 def test_what_is_allowed_is_not(source: str) -> None:
     assert faults(source) == []
+
+
+def test_a_model_whose_configuration_never_ends_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"a": ' + "[" * 200_000)
+    with pytest.raises(InputError, match="not valid JSON"):
+        model_type_of(str(tmp_path))

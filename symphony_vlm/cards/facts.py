@@ -75,7 +75,7 @@ def without_paths(text: str) -> str:
 def _json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}
 
@@ -87,7 +87,7 @@ def _card_header(path: Path) -> Mapping[str, Any]:
     try:
         found = re.match(r"---\n(.*?)\n---\n", path.read_text(encoding="utf-8"), re.S)
         values = yaml.safe_load(found.group(1)) if found else {}
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
     return values if isinstance(values, dict) else {}
 

@@ -78,6 +78,7 @@ def _table(findings: list[Finding]) -> Table:
 
 def _verdict(version: str, findings: list[Finding], failing: list[str]) -> Text:
     counts = {status: sum(finding.outcome.status == status for finding in findings) for status in STYLES}
+    counts = {f"{status}s" if status == "warning" and n > 1 else status: n for status, n in counts.items()}
     told = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
     text = Text(f"\nsymphony_vlm {version}: {told}. ")
     if failing:

@@ -51,7 +51,7 @@ def _run(waiting: list[Check], seconds: float) -> Iterator[Finding]:
                 process.join()
                 lost = _ending(process.exitcode)
             if lost is not None:
-                outcome = Outcome(status="broken", detail=lost, remedy="Reinstall it, or leave it out.")
+                outcome = Outcome(status="broken", detail=lost, remedy="Reinstall it; see docs/troubleshooting.md.")
             waiting.pop(0)
             yield Finding(name=check.name, group=check.group, required=check.required, outcome=outcome)
             if lost is not None:
