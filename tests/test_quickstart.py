@@ -48,7 +48,9 @@ def test_each_router_has_a_model_and_the_page_and_the_results_are_written(made: 
 
 def test_the_models_cards_tell_the_results(made: tuple[Path, dict[str, Any]]) -> None:
     output, _ = made
-    for entry in json.loads((output / "results.json").read_text())["robustness"]:
+    entries = json.loads((output / "results.json").read_text())["robustness"]["models"]
+    assert len(entries) == len(ROUTERS)
+    for entry in entries:
         (router,) = [name for name in ROUTERS if Path(entry["model"]) == output / name / "model"]
         card = (output / router / "model" / "README.md").read_text()
         assert f"| scenes | accuracy | {entry['clean']['value']:.4f} [" in card

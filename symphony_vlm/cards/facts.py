@@ -31,7 +31,7 @@ class Facts:
     licence: str | None = None
     """As the card of the source model has it."""
     evaluation: tuple[dict[str, Any], ...] = ()
-    """Entries of ``robustness`` in results.json."""
+    """Of results.json, the entries of ``robustness.models`` that are this model's, one a task."""
 
     @property
     def kind(self) -> str:
@@ -116,6 +116,5 @@ def _count_parameters(folder: Path) -> int | None:
 
 
 def _evaluation(results: Path, folder: Path) -> tuple[dict[str, Any], ...]:
-    entries = _json(results).get("robustness", [])
-    same = [e for e in entries if Path(str(e.get("model", ""))).resolve() == folder.resolve()]
-    return tuple(same)
+    entries = _json(results).get("robustness", {}).get("models", [])
+    return tuple(entry for entry in entries if Path(str(entry["model"])).resolve() == folder.resolve())

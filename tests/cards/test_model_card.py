@@ -203,7 +203,7 @@ def test_evaluation_results_of_this_model_are_told(tmp_path: Path) -> None:
     entry = {"task": "scenes", "metric": "accuracy", "clean": figure, "mean_corrupted": {"value": 0.375}}
     entry |= {"model": str(folder), "retention": {"value": None, "reason": "clean score is 0"}}
     results = tmp_path / "results.json"
-    results.write_text(json.dumps({"robustness": [entry, entry | {"model": "other", "task": "pope"}]}))
+    results.write_text(json.dumps({"robustness": {"models": [entry, entry | {"model": "other", "task": "pope"}]}}))
     write_model_card(folder, results=results)
     text = _read(folder)[1]
     assert "| scenes | accuracy | 0.5000 [0.2500, 0.7500] | 0.3750 | clean score is 0 |" in text
