@@ -122,6 +122,19 @@ def test_little_room_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert outcome.status == "warning" and outcome.detail.startswith("64 MiB")
 
 
+def test_memory_that_deepspeed_has_left_behind_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = type("Usage", (), {"free": 2**34, "total": 2**34})
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    assert surroundings.shared_memory(tmp_path).status == "ok"
+    for number in range(2):
+        with (tmp_path / f"deepspeed_allreduce_buffer_0_localhost_{number}_0").open("wb") as file:
+            file.truncate(2**29)  # sparse: takes no room
+    outcome = surroundings.shared_memory(tmp_path)
+    assert outcome.status == "warning"
+    assert outcome.detail == "16.0 GiB, of which 2 buffers of DeepSpeed hold 1.0 GiB of memory"
+    assert outcome.remedy.endswith(f"rm {tmp_path}/deepspeed_allreduce_buffer_*")
+
+
 def test_the_hub_cache_says_whether_the_network_may_be_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "new" / "hub"))
     for offline, word in ((True, "offline: only what is there is used"), (False, "HF_HUB_OFFLINE is not set")):
