@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart install test test-slow test-browser lint docs clean
+.PHONY: quickstart install test test-slow test-browser lint docs dist clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/symphony-vlm quickstart --output runs/quickstart
@@ -29,6 +29,13 @@ lint: $(VENV)/.installed-test
 # The pages and the reference as a site in build/site/. A warning is an error.
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# What is published: a wheel and all sources, checked as the package index checks them.
+dist: $(VENV)/.installed
+	$(BIN)/python -m pip install -e '.[release]' -c constraints.txt
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -15,6 +15,7 @@ from typing import IO, TYPE_CHECKING, Any, TextIO, cast
 
 from rich.console import Console
 
+from symphony_vlm.cards.writing import write_model_card
 from symphony_vlm.config.recipe import Recipe, SourceConfig
 from symphony_vlm.errors import InputError
 from symphony_vlm.files import write_json
@@ -58,6 +59,8 @@ def quickstart(recipe: Recipe, output: Path, routers: Sequence[str], *, console:
     for folder in folders:
         _add_baselines(folder / "results.json", baselines)
     report = write_report(folders, output)
+    for router in routers:
+        write_model_card(output / router / "model", results=output / "results.json")
     seconds["baselines and report"] = time.monotonic() - clock
     return {
         "results": str(output / "results.json"),

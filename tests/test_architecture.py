@@ -18,6 +18,10 @@ FORBIDDEN = {
     "corruptions": {
         *("model", "moe", "data", "training", "evaluation", "serving", "config", "cli", "integrations", "quickstart")
     },
+    "cards": {
+        *("model", "moe", "data", "training", "evaluation", "serving", "config", "cli", "integrations", "quickstart"),
+        *("corruptions", "study", "doctor"),
+    },
     "moe": {"model", "data", "training", "evaluation", "serving", "config", "cli", "integrations", "quickstart"},
     "model": {"training", "evaluation", "serving", "config", "cli", "integrations", "quickstart"},
     "data": {"model", "moe", "training", "evaluation", "serving", "config", "cli", "integrations", "quickstart"},
@@ -29,6 +33,7 @@ FORBIDDEN = {
     # Harnesses of other people: they stand beside the command line, and nothing here needs them.
     "integrations": {"training", "serving", "cli", "quickstart"},
     "study": {"serving", "cli", "integrations", "quickstart"},
+    "doctor": {"data", "training", "evaluation", "serving", "cli", "integrations", "quickstart", "study"},
     "cli": set(),
 }
 """For each part, those it must not import: moe <- model <- {training, evaluation, serving} <- cli, quickstart.
@@ -151,4 +156,5 @@ def test_every_package_is_installed() -> None:
     """The list in pyproject.toml is written by hand: a folder that it lacks would be missing from the wheel."""
     listed = re.findall(r'^  "(symphony_vlm[.\w]*)",$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)
     folders = {".".join(path.parent.relative_to(ROOT).parts) for path in PACKAGE.rglob("__init__.py")}
-    assert folders - {"symphony_vlm._configs"} == set(listed) - {"symphony_vlm._configs"}
+    settings = {f"symphony_vlm._configs.{path.name}" for path in (ROOT / "configs").iterdir()}
+    assert set(listed) == folders | settings | {"symphony_vlm._configs"}

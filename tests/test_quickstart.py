@@ -46,6 +46,17 @@ def test_each_router_has_a_model_and_the_page_and_the_results_are_written(made: 
     assert {router: list(cells) for router, cells in summary["headline"].items()} == dict.fromkeys(ROUTERS, CELLS)
 
 
+def test_the_models_cards_tell_the_results(made: tuple[Path, dict[str, Any]]) -> None:
+    output, _ = made
+    entries = json.loads((output / "results.json").read_text())["robustness"]["models"]
+    assert len(entries) == len(ROUTERS)
+    for entry in entries:
+        (router,) = [name for name in ROUTERS if Path(entry["model"]) == output / name / "model"]
+        card = (output / router / "model" / "README.md").read_text()
+        assert f"| scenes | accuracy | {entry['clean']['value']:.4f} [" in card
+        assert f"- {router}\n" in card.partition("---\n\n")[0]
+
+
 def test_the_routers_start_from_the_same_weights_and_see_the_same_data(made: tuple[Path, dict[str, Any]]) -> None:
     """Their first losses are equal: upcycling changes no output, and a new graph is the identity."""
     output, _ = made

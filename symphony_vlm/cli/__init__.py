@@ -14,6 +14,7 @@ from symphony_vlm.cli import (  # noqa: F401, I001
     data,
     recipes,
     parameters,
+    doctor,
 )
 from symphony_vlm.cli.application import app
 from symphony_vlm.cli.entry import main

@@ -22,20 +22,53 @@ def config_folder() -> Path:
     return packaged if packaged.is_dir() else package.parent / "configs"
 
 
+MAX_YAML_BYTES = 2**20
+MAX_YAML_VALUES = 100_000
+"""A file of a few lines can name millions of values through aliases of aliases."""
+
+
 def read_mapping(path: Path, expected: str) -> dict[str, Any]:
     """The mapping in a YAML file.
 
     Raises:
-        InputError: not YAML, or no mapping (``expected`` says what it should be).
+        InputError: unreadable, too large, not YAML, or no mapping (``expected`` says what it should be).
     """
     try:
-        values = yaml.safe_load(path.read_text())
+        size = path.stat().st_size
+        if size > MAX_YAML_BYTES:
+            raise InputError(f"has {size:,} bytes; the limit of a settings file is {MAX_YAML_BYTES:,}", where=str(path))
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        _check_number_of_values(values)
     except yaml.YAMLError as error:
         raise InputError(f"not valid YAML: {' '.join(str(error).split())}", where=str(path)) from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"is not UTF-8 text ({error.reason})", where=str(path), remedy="Save it as UTF-8.") from error
+    except RecursionError as error:
+        raise InputError("is nested too deeply", where=str(path)) from error
+    except _TooManyValues as error:
+        problem = f"its aliases stand for more than {MAX_YAML_VALUES:,} values"
+        raise InputError(problem, where=str(path), remedy="Write out what is meant.") from error
     if not isinstance(values, dict):
         raise InputError(expected, where=str(path))
     converted: dict[str, Any] = numeric(values)
     return converted
+
+
+class _TooManyValues(Exception):
+    """A document with more values than `MAX_YAML_VALUES`, aliases counted as what they stand for."""
+
+
+def _check_number_of_values(document: Any) -> None:
+    waiting, count = [document], 0
+    while waiting:
+        value = waiting.pop()
+        count += 1
+        if count > MAX_YAML_VALUES:  # an alias of what it stands in never ends
+            raise _TooManyValues
+        if isinstance(value, dict):
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value
 
 
 def numeric(value: Any) -> Any:

@@ -88,7 +88,8 @@ def corrupt(image: NDArray[np.uint8], name: str, severity: int, rng: np.random.G
     if isinstance(severity, bool) or not isinstance(severity, (int, np.integer)) or severity not in _SEVERITIES:
         raise InputError(f"severity {severity!r} of '{name}' is not one of 0, 1, 2, 3, 4, 5")
     if severity == 0:
-        return pixels.copy()
+        unchanged: NDArray[np.uint8] = pixels.copy()
+        return unchanged
     return CORRUPTIONS[name].function(pixels, int(severity), rng)
 
 

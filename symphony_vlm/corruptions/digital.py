@@ -87,7 +87,8 @@ def elastic_ic(image: UInt8Image, severity: int, rng: np.random.Generator) -> UI
 def _single_unit(image: UInt8Image) -> SingleArray:
     # Single precision, as in the references: interpolating in double and rounding to single leaves flat areas at
     # exactly their level, where double alone would end a hair below it and lose one level to truncation.
-    return image.astype(np.float32) / np.float32(255.0)
+    unit: SingleArray = image.astype(np.float32) / np.float32(255.0)
+    return unit
 
 
 def _random_affine(x: SingleArray, shift: float, rng: np.random.Generator) -> SingleArray:

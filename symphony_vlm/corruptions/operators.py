@@ -61,7 +61,8 @@ def truncate_levels(values: NDArray[np.floating[Any]]) -> UInt8Image:
 
     Truncation, not rounding, is what both references do; rounding would shift the mean by half a level.
     """
-    return np.clip(values, 0.0, 255.0).astype(np.uint8)
+    levels: UInt8Image = np.clip(values, 0.0, 255.0).astype(np.uint8)
+    return levels
 
 
 def uniform(rng: np.random.Generator, low: float, high: float, shape: int | tuple[int, ...]) -> RealArray:

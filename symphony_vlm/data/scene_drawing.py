@@ -230,16 +230,18 @@ def _background_mix(background: Background, size: int) -> np.ndarray:
     rng = np.random.default_rng(background.seed)
     if background.kind == "noise":
         coarse = Image.fromarray(rng.integers(0, 256, (6, 6), dtype=np.uint8))
-        soft = np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC)).astype(np.int64)
+        soft: np.ndarray = np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC)).astype(np.int64)
         return np.clip(soft + rng.integers(-24, 25, (size, size)), 0, 255)
     steps_x, steps_y = ((1, 0), (0, 1), (1, 1), (-1, 1))[rng.integers(4)]
     x = np.arange(size)[None, :] if steps_x >= 0 else np.arange(size)[::-1][None, :]
     ramp = abs(steps_x) * x + steps_y * np.arange(size)[:, None]
     if background.kind == "gradient":
-        return ramp * 255 // int(ramp.max())
-    period = size * int(rng.integers(14, 26)) // 64
-    phase = (ramp + int(rng.integers(period))) % period
-    return np.abs(2 * phase - period) * 255 // period
+        mix: np.ndarray = ramp * 255 // int(ramp.max())
+    else:
+        period = size * int(rng.integers(14, 26)) // 64
+        phase = (ramp + int(rng.integers(period))) % period
+        mix = np.abs(2 * phase - period) * 255 // period
+    return mix
 
 
 def _draw_object(item: SceneObject, cell: int) -> tuple[Image.Image, Image.Image]:

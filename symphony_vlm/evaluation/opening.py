@@ -110,4 +110,5 @@ def _model_type(name: str) -> str | None:
     except OSError as error:
         first = str(error).strip().splitlines()[0]
         raise InputError(first, where=name, remedy="Give a local folder, or a hub id while online.") from error
-    return values.get("model_type")
+    of_hub: str | None = values.get("model_type")
+    return of_hub

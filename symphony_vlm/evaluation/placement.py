@@ -57,7 +57,7 @@ def placed(
                 remedy="Use native or long_side:N.",
             )
         seen = model.model_input(pixels)
-        result = seen.pixels.copy()
+        result: np.ndarray = seen.pixels.copy()
         if result[seen.content].size:
             result[seen.content] = corrupted(result[seen.content])
         return result

@@ -52,7 +52,7 @@ def find_base(record: dict[str, Any], folder: Path) -> Path:
     Raises:
         InputError: it is not where it was, or is another model than it was.
     """
-    tried = [folder.resolve() / record["relative"]] if "relative" in record else []
+    tried: list[Path] = [folder.resolve() / record["relative"]] if "relative" in record else []
     tried.append(Path(record["name"]))
     found = next((path for path in tried if (path / "config.json").is_file()), None)
     if found is None and "relative" not in record:

@@ -31,7 +31,7 @@ def transformers_preprocessing(processor: Any) -> dict[str, Any]:
 def crops(settings: Mapping[str, Any]) -> bool:
     """Whether the image is resized by its short side, so that the middle of the long one is all that is used."""
     if settings["library"] == "open_clip":
-        return settings.get("resize_mode", "shortest") == "shortest"
+        return bool(settings.get("resize_mode", "shortest") == "shortest")
     return "shortest_edge" in (settings.get("size") or {})
 
 

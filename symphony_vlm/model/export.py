@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from symphony_vlm.cards.writing import write_model_card
 from symphony_vlm.errors import InputError
 from symphony_vlm.model.loading import load, load_language_model, local_folder, model_type_of
 from symphony_vlm.model.stock_llava import llava_config, llava_weights, save_llava_processor
@@ -74,6 +75,7 @@ def export(model: PreTrainedModel, output: str | Path, format: str = "transforme
         stock.save_pretrained(temporary)
         if isinstance(model, SymphonyVLMForConditionalGeneration):
             save_llava_processor(model, temporary)
+        write_model_card(temporary)
         difference = _prove(model, type(stock), temporary, weights)
         if output.exists():
             output.rmdir()
@@ -198,4 +200,5 @@ def export_checkpoint(name: str, output: Path, format: str = "transformers") -> 
         for path in sorted(folder.iterdir()):
             if path.name.startswith(TOKENIZER_FILES):
                 shutil.copy2(path, output / path.name)
+    write_model_card(output, source=folder)  # with what is known of the model's training
     return difference

@@ -110,7 +110,8 @@ def load(
         quantize_(model, quantization, model.dtype)
     if quantization == "4bit":
         quantize_experts_(model, chosen)
-    return model.to(chosen).eval()
+    opened: SymphonyVLMForConditionalGeneration = model.to(chosen).eval()
+    return opened
 
 
 def load_language_model(
@@ -175,7 +176,7 @@ def _configuration(folder: str | Path) -> dict[str, Any] | None:
         return None
     try:
         values = json.loads(file.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"not valid JSON ({error})", where=str(file)) from error
     if not isinstance(values, dict):
         raise InputError("a configuration is a JSON object", where=str(file))

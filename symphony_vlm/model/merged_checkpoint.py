@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from symphony_vlm.cards.writing import write_model_card
 from symphony_vlm.errors import InputError
 from symphony_vlm.model.adapters import merge_adapters_
 from symphony_vlm.model.loading import adapter_record, load, local_folder
@@ -55,6 +56,7 @@ def merge_checkpoint(name: str | Path, output: Path) -> float:
         for path in folder.iterdir():  # the processor, the record of training
             if path.is_file() and ".safetensors" not in path.name and not (temporary / path.name).exists():
                 shutil.copy2(path, temporary / path.name)
+        write_model_card(temporary)  # with the record of training, which was not there before
         opened = load(temporary, device="cpu")
         for key, weight in model.state_dict().items():
             if not torch.equal(opened.state_dict()[key], weight):

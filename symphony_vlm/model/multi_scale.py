@@ -57,11 +57,11 @@ def _resize(pixels_N3HW: Tensor, size: int) -> Tensor:
 
 def _split(pixels_N3HW: Tensor, scale: int) -> Tensor:
     """``[N, 3, scale * h, scale * w] -> [scale² * N, 3, h, w]``, the first tile of all images first."""
-    tiles = pixels_N3HW.unflatten(3, (scale, -1)).unflatten(2, (scale, -1))
+    tiles: Tensor = pixels_N3HW.unflatten(3, (scale, -1)).unflatten(2, (scale, -1))
     return tiles.permute(2, 4, 0, 1, 3, 5).flatten(0, 2)
 
 
 def _merge(features_SPC: Tensor, scale: int, side_G: int) -> Tensor:
     """``[scale² * N, G², C] -> [N, C, scale * G, scale * G]``, the inverse of `_split` for features."""
-    tiles = features_SPC.unflatten(1, (side_G, side_G)).unflatten(0, (scale, scale, -1))
+    tiles: Tensor = features_SPC.unflatten(1, (side_G, side_G)).unflatten(0, (scale, scale, -1))
     return tiles.permute(2, 5, 0, 3, 1, 4).flatten(4, 5).flatten(2, 3)

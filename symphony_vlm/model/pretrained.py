@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import ModelOutput
 
+from symphony_vlm.cards.writing import write_model_card
 from symphony_vlm.errors import InputError
 from symphony_vlm.model.adapters import Adapters, attach_saved_, merge_adapters_, trained_weights
 from symphony_vlm.model.base_model import find_base
@@ -140,6 +141,8 @@ class SymphonyPreTrainedModel(PreTrainedModel):
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As in transformers, but the weights keep their names and shapes; of a model with adapters, what trained.
 
+        A model card is written beside them, unless there is one that a person has edited.
+
         The library's "original format" takes the stacked experts of a Mixtral apart, and its Trainer cannot put them
         together again when it resumes.
 
@@ -152,6 +155,8 @@ class SymphonyPreTrainedModel(PreTrainedModel):
             self.config.adapter = self.adapters.record(Path(save_directory))
             kwargs["state_dict"] = trained_weights(self, kwargs.get("state_dict"))
         super().save_pretrained(save_directory, *args, **kwargs | {"save_original_format": False})
+        if args[0] if args else kwargs.get("is_main_process", True):
+            write_model_card(Path(save_directory))
 
     @classmethod
     def from_pretrained(cls, name: str, *args: Any, **kwargs: Any) -> Any:

@@ -141,7 +141,7 @@ class OpenClipTower(VisionTower):
             intermediates_only=True,
             output_extra_tokens=self.config.feature_select == "cls_patch",
         )
-        features = out["image_intermediates"][0].flatten(2).transpose(1, 2)
+        features: Tensor = out["image_intermediates"][0].flatten(2).transpose(1, 2)
         if self.config.feature_select == "cls_patch" and "image_intermediates_prefix" in out:
             features = torch.cat([out["image_intermediates_prefix"][0], features], dim=1)
         return features
@@ -208,6 +208,7 @@ class HuggingFaceTower(VisionTower):
         self._measure()
 
     def encode(self, pixels_N3HW: Tensor) -> Tensor:
+        hidden_NPC: Tensor
         if self._ends_with_the_layer:
             hidden_NPC = self.model(pixels_N3HW).last_hidden_state
         else:
@@ -217,7 +218,7 @@ class HuggingFaceTower(VisionTower):
         return hidden_NPC[:, 1:] if has_class_token and self.config.feature_select == "patch" else hidden_NPC
 
     def _num_patches(self) -> int:
-        return (self.config.image_size // self.model.config.patch_size) ** 2
+        return int((self.config.image_size // self.model.config.patch_size) ** 2)
 
 
 def build_vision_tower(config: VisionConfig) -> VisionTower:

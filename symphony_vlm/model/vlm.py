@@ -227,7 +227,7 @@ class SymphonyVLMForConditionalGeneration(SymphonyPreTrainedModel, GenerationMix
         finally:
             for part, mode in modes:
                 part.train(mode)
-        zero = 0 * features_NPD.sum()
+        zero: Tensor = 0 * features_NPD.sum()
         return zero if self.image_newline is None else zero + 0 * self.image_newline.sum()
 
     @torch.no_grad()

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
+from symphony_vlm.cards.writing import CARD, write_model_card
 from symphony_vlm.errors import InputError
 from symphony_vlm.files import write_json
 from symphony_vlm.moe.configuration import MoEConfig
@@ -96,6 +97,7 @@ def upcycle_checkpoint(
             write_json(temporary / "config.json", values | {"moe": config.to_dict()})
         else:
             language_model_config(AutoConfig.from_pretrained(source), config).save_pretrained(temporary)
+        write_model_card(temporary, source=source)
         report("logits of the upcycled model")
         after = _logits(auto_class, temporary)
         difference = prove_equal(before, after, "upcycling") if is_exact(config) else largest_difference(before, after)
@@ -227,7 +229,7 @@ class ShardWriter:
 
 
 def _copy_other_files(source: Path, folder: Path) -> None:
-    """Tokenizer, processor, generation settings, licence: all but weights and the configuration."""
+    """Tokenizer, processor, generation settings, licence: all but weights, the configuration and its card."""
     for path in _other_files(source):
         shutil.copy2(path, folder / path.name)
 
@@ -235,7 +237,7 @@ def _copy_other_files(source: Path, folder: Path) -> None:
 def _other_files(source: Path) -> Iterator[Path]:
     for path in sorted(source.iterdir()):
         weights = path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json")
-        if path.is_file() and not weights and path.name != "config.json" and not path.name.startswith("."):
+        if path.is_file() and not weights and path.name not in ("config.json", CARD) and not path.name.startswith("."):
             yield path
 
 
@@ -244,7 +246,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise InputError("no such file", where=str(path), remedy="Give the folder of a saved model.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"not valid JSON ({error})", where=str(path)) from error
     if not isinstance(values, dict):
         raise InputError("a JSON object is expected", where=str(path))

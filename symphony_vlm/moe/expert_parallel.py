@@ -73,7 +73,7 @@ def shard_experts_(model: nn.Module, size: int | None = None) -> None:
             part = nn.Parameter(shard.part_of(parameter.detach()).clone(), requires_grad=parameter.requires_grad)
             setattr(experts, name, part)
         experts.shard = shard
-        experts.register_load_state_dict_pre_hook(_take_part)
+        experts.register_load_state_dict_pre_hook(_take_part)  # type: ignore[no-untyped-call]
     names = [name for name, _, _ in _shards(model)]
     # Marked experimental in torch, and the only way there is (pytorch/pytorch#43690).
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)

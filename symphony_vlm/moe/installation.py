@@ -7,12 +7,14 @@ layers (`native`).
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from symphony_vlm.cards.writing import write_model_card
 from symphony_vlm.errors import InputError
 from symphony_vlm.moe.configuration import MoEConfig
 from symphony_vlm.moe.expert_parallel import refuse_shards
@@ -182,3 +184,4 @@ class SaveWithSparseLayers:
         if is_main_process:
             config = language_model_config(self._model.config, self._moe)
             config.save_pretrained(save_directory)
+            write_model_card(Path(save_directory))

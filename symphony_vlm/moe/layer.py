@@ -84,7 +84,8 @@ class SparseMoE(nn.Module):
         y_TO = self.dropout(self.experts(x_TD, routed.weights_TK, routed.indices_TK))
         if self.shared_expert is not None and self.shared_expert_gate is not None:
             y_TO = y_TO + self.shared_expert_gate(x_TD).sigmoid() * self.shared_expert(x_TD)
-        return y_TO.unflatten(0, hidden_BSD.shape[:-1])
+        y_BSO: Tensor = y_TO.unflatten(0, hidden_BSD.shape[:-1])
+        return y_BSO
 
     def generator(self, seed: int, purpose: str) -> torch.Generator:
         """A random state of its own for each layer of a model, so that no two routers start equal."""

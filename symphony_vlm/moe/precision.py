@@ -23,7 +23,7 @@ class KeepsPrecision(nn.Module):
             applied = fn(tensor)
             return applied if applied.dtype == tensor.dtype else tensor.detach().to(applied.device)
 
-        return super()._apply(same_precision, recurse)
+        return super()._apply(same_precision, recurse)  # type: ignore[no-untyped-call]
 
 
 def computing_dtype(module: nn.Module) -> torch.dtype:

@@ -200,7 +200,8 @@ def _token_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """Which of the tokens entering the model are real, flat bool ``[B * S]``, or None if that is not known."""
     documents = kwargs.get("documents")
     if documents is not None:
-        return documents.is_real_BS.flatten()
+        is_real: Tensor = documents.is_real_BS.flatten()
+        return is_real
     mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
     tokens = kwargs.get("inputs_embeds")
     if tokens is None:

@@ -102,11 +102,11 @@ class ExpertShard:
             # The backward pass must come by here on every rank. Whether tokens carry a gradient can differ between
             # ranks: with a frozen language model those of a batch without images do not.
             rows_ND.requires_grad_()
-        rows_MD: Tensor = _AllToAll.apply(rows_ND, send, receive, self.owners)
+        rows_MD: Tensor = _AllToAll.apply(rows_ND, send, receive, self.owners)  # type: ignore[no-untyped-call]
         expert_M = torch.arange(num_experts // self.size, device=x_TD.device).repeat(self.size)
         expert_M = expert_M.repeat_interleave(received_E, output_size=sum(receive))
         results_MO = compute_rows(experts, rows_MD, expert_M)
-        results_NO: Tensor = _AllToAll.apply(results_MO, receive, send, self.owners)
+        results_NO: Tensor = _AllToAll.apply(results_MO, receive, send, self.owners)  # type: ignore[no-untyped-call]
         return combine(results_NO, weights_TK, order_N, x_TD.dtype)
 
 

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
+from symphony_vlm.cards.writing import keep_edited_card
 from symphony_vlm.config.recipe import Recipe, StageConfig
 from symphony_vlm.data.grouping import EpochSampler
 from symphony_vlm.data.placeholders import PaddedDataset
@@ -294,6 +295,7 @@ def replace_folder(folder: Path, save: Callable[[Path], None]) -> None:
     def replace() -> None:
         with replacing_folder(folder) as temporary:
             save(temporary)
+            keep_edited_card(folder, temporary)
             refuse_empty_tensors(temporary)
 
     failure = first_failure(attempt(replace) if PartialState().is_main_process else None)

@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from symphony_vlm.cards.facts import hub_id
+from symphony_vlm.cards.writing import write_model_card
+from symphony_vlm.config.models import list_known_models, load_known_model
 from symphony_vlm.config.recipe import Recipe
 from symphony_vlm.files import replacing_folder, write_json
 from symphony_vlm.training.provenance import provenance
@@ -87,7 +90,8 @@ def train(
         if not state.is_done(stage.name):
             run_stage(stage, context)
             if processes.is_main_process:
-                _write_training_record(output, stage.name)
+                _write_training_record(recipe, output, stage.name)
+                write_model_card(context.model_folder(stage.name))
             state.set(stage.name, status="done")
     if processes.is_main_process:
         _link_model(output, recipe.stages[-1].name)
@@ -146,8 +150,9 @@ def _result(recipe: Recipe, output: Path, state: RunState) -> TrainResult:
     return TrainResult(run=output, stage=recipe.stages[-1].name, step=last["step"], loss=last["loss"])
 
 
-def _write_training_record(output: Path, stage: str) -> None:
+def _write_training_record(recipe: Recipe, output: Path, stage: str) -> None:
     """Losses and routing of the run so far beside the stage's model, so that a report can draw them anywhere."""
+    names = [each.name for each in recipe.stages]
     log = _json_lines(output / "log.jsonl")
     routing = [{"stage": stage, **entry} for entry in _json_lines(output / stage / "routing.jsonl")]
     record = {
@@ -155,8 +160,30 @@ def _write_training_record(output: Path, stage: str) -> None:
         "log": log,
         "routing": routing,
         "provenance": json.loads((output / "provenance.json").read_text()),
+        "stages": [
+            {"name": each.name, "kind": each.kind, "rates": each.train or {"all": each.learning_rate}}
+            for each in recipe.stages[: names.index(stage) + 1]
+        ],
+        "parts": _pretrained_parts(recipe),
     }
     write_json(output / stage / "model" / "training.json", record)
+
+
+def _pretrained_parts(recipe: Recipe) -> list[dict[str, str | None]]:
+    """Which published models the run began with, and under what licences; what lies in local folders has no name."""
+    model = recipe.model
+    vision = model.vision
+    tower = vision.name if vision and vision.backend == "transformers" else None
+    named = {"start": model.start, "vision tower": tower, "language model": model.language.name}
+    if model.random_weights:
+        return []
+    licences = {known.hub_id: known.licence for known in map(load_known_model, list_known_models())}
+    found = {part: hub_id(name) for part, name in named.items() if name is not None}
+    if vision and vision.pretrained and vision.name:
+        found["vision tower"] = hub_id(vision.name)
+    return [
+        {"part": part, "name": name, "licence": licences.get(name)} for part, name in found.items() if name is not None
+    ]
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:

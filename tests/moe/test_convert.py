@@ -126,7 +126,7 @@ def test_the_files_beside_the_weights_come_along(language_model: MakeModel, tmp_
     upcycle_checkpoint(source, tmp_path / "sparse", MoEConfig())
     found = {path.name for path in (tmp_path / "sparse").iterdir()}
     expected = {"tokenizer.json", "tokenizer.model", "chat_template.jinja", "LICENSE", "generation_config.json"}
-    assert found == expected | {"config.json", "model.safetensors"}
+    assert found == expected | {"config.json", "model.safetensors", "README.md"}
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,6 +55,15 @@ def test_the_folder_is_laid_out_as_documented(tiny_run: Any) -> None:
     assert (run / "model").resolve() == (run / "instruct" / "model").resolve()
 
 
+def test_every_stage_leaves_a_card_of_its_model_without_absolute_paths(tiny_run: Any) -> None:
+    for number, stage in enumerate(STAGES, start=1):
+        card = (tiny_run.folder / stage / "model" / "README.md").read_text()
+        assert f"# tiny, stage {stage}\n" in card
+        told = [line.split(" ")[1] for line in card.splitlines() if line.startswith(tuple(f"| {s} |" for s in STAGES))]
+        assert told == list(STAGES[:number])
+        assert str(tiny_run.folder.parent) not in card
+
+
 def test_no_temporary_file_is_left(tiny_run: Any) -> None:
     assert [path for path in tiny_run.folder.rglob("*") if ".tmp" in path.name] == []
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import TrainingArguments
+from transformers import TrainerState, TrainingArguments
 from transformers.utils import ModelOutput
 
+from symphony_vlm.data.grouping import EpochSampler, random_order
 from symphony_vlm.errors import InputError
-from symphony_vlm.training.trainer import StageTrainer, freeze_except, parameter_groups
+from symphony_vlm.training.trainer import EpochOrder, StageTrainer, freeze_except, parameter_groups
 
 
 class Model(nn.Module):
@@ -129,3 +131,18 @@ def test_each_part_of_the_loss_is_averaged_over_the_micro_batches_that_have_it(t
     # (3 * 2 + 1 * 6) / 4; the part that one micro-batch has is its value; none is left for the next interval.
     assert logged[0]["cross_entropy"] == 3.0 and logged[0]["balance/vision.0"] == 20.0
     assert logged[1]["cross_entropy"] == 1.0 and "balance/vision.0" not in logged[1]
+
+
+@pytest.mark.parametrize(("epoch", "order"), [(None, 0), (0.0, 0), (1.0, 1), (1.75, 1), (2.0, 2)])
+def test_a_run_that_continues_inside_an_epoch_takes_that_epochs_order(epoch: float | None, order: int) -> None:
+    """Whichever epoch the sampler was at before."""
+    orders = []
+    for number in range(3):
+        fresh = EpochSampler(partial(random_order, 20), 20, seed=3)
+        fresh.set_epoch(number)
+        orders.append(list(fresh))
+    assert orders[0] != orders[1] != orders[2]
+    sampler = EpochSampler(partial(random_order, 20), 20, seed=3)
+    sampler.set_epoch(7)
+    EpochOrder(sampler).on_epoch_begin(None, TrainerState(epoch=epoch), None)
+    assert list(sampler) == orders[order]

@@ -125,7 +125,8 @@ def drift_sums(clean: RoutedPrompts, corrupted: RoutedPrompts) -> dict[str, Arra
 def token_changes(clean: RoutedPrompts, corrupted: RoutedPrompts) -> Array:
     """``[T]`` uint16: of the K experts in each of L layers, how many differ; L K would be all of them."""
     shared_TL = shared_experts(clean.selected_TLK, corrupted.selected_TLK)
-    return (clean.num_layers * clean.num_selected - shared_TL.sum(1)).astype(np.uint16)
+    changes_T: Array = (clean.num_layers * clean.num_selected - shared_TL.sum(1)).astype(np.uint16)
+    return changes_T
 
 
 def drift_figures(sums: Mapping[str, Array]) -> dict[str, Array]:

@@ -1,0 +1,1 @@
+"""Finds out what of an installation works, by trying it: ``symphony-vlm doctor``."""
