@@ -57,8 +57,9 @@ class OpenedModel:
                     remedy="Leave --scoring out.",
                 )
             return StockPredictor(self.model, self.processor, batch_size=batch_size, max_new_tokens=max_new_tokens)
-        more = {} if options is None else {"options": options}
-        return Predictor(self.model, batch_size=batch_size, max_new_tokens=max_new_tokens, encoder=encoder, **more)
+        return Predictor(
+            self.model, batch_size=batch_size, max_new_tokens=max_new_tokens, options=options, encoder=encoder
+        )
 
 
 def check_corrupt_at(model: OpenedModel, corrupt_at: str) -> None:

@@ -56,7 +56,7 @@ class Predictor:
         *,
         batch_size: int,
         max_new_tokens: int,
-        options: Callable[[EvaluationItem], Options | None] = lambda item: None,
+        options: Callable[[EvaluationItem], Options | None] | None = None,
         encoder: EncodesPictures | None = None,
         share_prefixes: bool = True,
     ) -> None:
@@ -65,7 +65,7 @@ class Predictor:
         self._processor = model.processor
         self._batch_size = batch_size
         self._max_new_tokens = max_new_tokens
-        self._options = options
+        self._options = options or (lambda item: None)
         self._encoder = encoder
         self._share = share_prefixes and can_share_prefixes(model)
 

@@ -115,7 +115,8 @@ def chunked_cross_entropy(head: DeferredHead, targets_N: Tensor) -> Tensor:
     """
     vocab_size = head._model.config.get_text_config().vocab_size
     size = max(1, MAX_LOGITS // vocab_size)
-    summed: Tensor = _Chunked.apply(head.logits, targets_N, size, head.hidden_ND, *head.parameters)
+    arguments = (head.logits, targets_N, size, head.hidden_ND, *head.parameters)
+    summed: Tensor = _Chunked.apply(*arguments)  # type: ignore[no-untyped-call]
     return summed
 
 

@@ -155,9 +155,10 @@ class Experts(nn.Module):
         if torch.is_autocast_enabled(x_TD.device.type):
             parts = [part.to(x_TD.dtype) for part in parts]
         parameters = ExpertParameters(*parts, *[None] * (4 - len(parts)))
-        return compute_segments(
+        output_TO: Tensor = compute_segments(
             x_TD, weights_TK, indices_TK, parameters, self.act_fn, gated=self.has_gate, memory=self._gradient_memory
         )
+        return output_TO
 
     def _apply_gate(self, hidden: Tensor) -> Tensor:
         gate, up = hidden.chunk(2, dim=-1)

@@ -64,7 +64,7 @@ class _Setting(NamedTuple):
                 yield expert, rows, self.token_N[rows]
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def compute_segments(
     x_TD: Tensor,
     weights_TK: Tensor,
@@ -98,7 +98,7 @@ def compute_segments(
     tensors = (x_TD, weights_TK, *parameters, *act_fn.parameters())
     with torch.autocast(x_TD.device.type, enabled=False):
         if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
-            output_TO: Tensor = _Segments.apply(setting, *tensors)
+            output_TO: Tensor = _Segments.apply(setting, *tensors)  # type: ignore[no-untyped-call]
             return output_TO
         return _forward(setting, x_TD, weights_TK, parameters)
 
