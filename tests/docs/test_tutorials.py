@@ -70,10 +70,11 @@ def test_a_router_of_ones_own_is_upcycled_trained_and_opened_again(
         assert 0 < float(largest) < 5.0
 
         import symphony_vlm as sv
+        from symphony_vlm.moe.recording import sparse_layers
 
         names["model"].save_pretrained(tmp_path)  # type: ignore[attr-defined]
         again = sv.load_language_model(tmp_path)
-        assert type(again.model.layers[0].mlp.router).__name__ == "SoftCapRouter"
+        assert [type(layer.router).__name__ for _, layer in sparse_layers(again)] == ["SoftCapRouter"] * 2
     finally:
         PRESETS.pop("soft_cap", None)
         sys.modules.pop("soft_cap_router", None)
