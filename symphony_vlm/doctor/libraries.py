@@ -42,7 +42,7 @@ OPTIONAL: dict[str, tuple[str | Callable[[], str], str, str]] = {
     "deepspeed": ("deepspeed", "the engines zero1 to zero3", "symphony-vlm[deepspeed]"),
     "ninja": ("ninja", "compiling deepspeed's extensions", "symphony-vlm[deepspeed]"),
     "peft": ("peft", "LoRA stages", "symphony-vlm[lora]"),
-    "bitsandbytes": (operations.bitsandbytes, "8 and 4 bits, on CUDA", "symphony-vlm[qlora]"),
+    "bitsandbytes": (operations.bitsandbytes, "models in 8 and 4 bits", "symphony-vlm[qlora]"),
     "wandb": ("wandb", "monitor.report_to: wandb", "symphony-vlm[wandb]"),
     "flash-attn": ("flash_attn", "flash attention on CUDA; without it sdpa is used", "flash-attn"),
     "pycocoevalcap": ("pycocoevalcap.cider.cider", "CIDEr of the task captions", "symphony-vlm[captions]"),
