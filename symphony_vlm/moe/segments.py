@@ -230,5 +230,6 @@ def _activate(
         return F.silu(gate_nF), lambda grad_nF: [torch.ops.aten.silu_backward(grad_nF, gate_nF)]
     with torch.enable_grad():
         leaf_nF = gate_nF.detach().requires_grad_()
-        active_nF = act_fn(leaf_nF)
+        # A view, because hooks on the inputs of modules, as torch's FLOP counter sets them, bear no leaf in `grad`.
+        active_nF = act_fn(leaf_nF.view_as(leaf_nF))
     return active_nF.detach(), lambda grad_nF: torch.autograd.grad(active_nF, [leaf_nF, *parameters], grad_nF)

@@ -192,7 +192,7 @@ def test_the_tables_say_what_cells_with_pictures_hold(tmp_path: Path) -> None:
     assert plain["routing"]["off_diagonal_mass"] == pytest.approx(0.4)
     assert "| symphony | smoe | clean | +12.50 [" in page and "| smoe | 2 | 62.50 [" in page
     assert (tmp_path / "pictures_graphs.png").stat().st_size > 0
-    curve = setting.curve(scores_of(setting, "test", ["symphony"])["pictures"]["symphony"], [0])
+    curve = setting.curve(scores_of(setting, "test", ["smoe", "symphony"])["pictures"]["symphony"], [0])
     assert [(harm, sums.sum() / weights.sum()) for harm, sums, weights in curve] == [(0, 0.75), (1, 0.5), (5, 0.5)]
 
 
