@@ -136,7 +136,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[str, 
     return run
 
 
-@pytest.mark.parametrize("name", NAMES)
+# A process each, of 12 to 25 s: those of one part stand for the others on every change.
+ON_EVERY_CHANGE = {"corruptions", "moe_layer", "packing", "router"}
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in ON_EVERY_CHANGE else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+)
 def test_every_benchmark_runs_in_a_tiny_size(name: str, run: Callable[[str], tuple[str, dict[str, Any]]]) -> None:
     printed, written = run(name)
     facts = written["provenance"]

@@ -265,6 +265,6 @@ def test_a_checkpoint_that_lacks_a_trained_weight_is_an_error_and_not_a_warning(
 def test_the_stages_in_the_document_are_valid() -> None:
     text = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
     blocks = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     settings = [StageConfig.model_validate(numeric(stage)) for block in blocks for stage in yaml.safe_load(block)]
     assert settings[1].lora == LoRAConfig(), "the defaults are said to be these"
