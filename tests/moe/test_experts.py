@@ -279,3 +279,39 @@ def test_autocast_reaches_the_products_and_the_gradients_stay_in_fp32(implementa
     assert torch.equal(output, expected)
     assert all(weight.grad is not None and weight.grad.dtype == torch.float32 for weight in experts.parameters())
     assert all(weight.grad.abs().sum() > 0 for weight in experts.parameters() if weight.grad is not None)
+
+
+class _OnCuda:
+    """As much of a tensor on CUDA as the choice of an implementation asks for."""
+
+    is_cuda = True
+
+    def __init__(self, tokens: int, dtype: torch.dtype) -> None:
+        self.tokens, self.dtype = tokens, dtype
+
+    def __len__(self) -> int:
+        return self.tokens
+
+    def element_size(self) -> int:
+        return self.dtype.itemsize
+
+
+@pytest.mark.parametrize(
+    ("tokens", "trains", "compiling", "dtype", "expected"),
+    [
+        (1, False, False, torch.bfloat16, "batched_mm"),
+        (8, False, False, torch.bfloat16, "grouped_mm"),
+        (1, True, False, torch.bfloat16, "grouped_mm"),
+        (1, False, True, torch.bfloat16, "grouped_mm"),
+        (8, False, True, torch.float32, "batched_mm"),
+        (8, True, True, torch.float32, "grouped_mm"),
+    ],
+)
+def test_auto_on_cuda_follows_what_was_measured(
+    monkeypatch: pytest.MonkeyPatch, tokens: int, trains: bool, compiling: bool, dtype: torch.dtype, expected: str
+) -> None:
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    x: Any = _OnCuda(tokens, dtype)
+    with torch.set_grad_enabled(trains):
+        assert Experts(4, 16, 32, "silu")._fitting_implementation(x) == expected
+        assert Experts(4, 6, 10, "silu")._fitting_implementation(x) == "segments"
