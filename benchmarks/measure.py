@@ -33,6 +33,8 @@ class Case:
     limits: Mapping[str, Work] = field(default_factory=dict)
     """By name, work of other results that is timed beside the contenders: theirs are given as multiples of the fastest.
     """
+    references: Mapping[str, Work] = field(default_factory=dict)
+    """By name, work of other results that is timed beside the contenders and shown as theirs is."""
     whole: tuple[str, Work] | None = None
     """Name and work of what the contenders are a part of, which gives their times a scale; None: the baseline."""
     items: tuple[str, int] | None = None
@@ -84,7 +86,7 @@ def measure(case: Case, plan: Plan, device: torch.device) -> Result:
     """
     _check_results(case)
     now = time.perf_counter if case.by_other_processes else _clock(device)
-    works = {**case.limits, **case.contenders}
+    works = {**case.limits, **case.references, **case.contenders}
     samplers = {name: _sampler(work, plan.seconds, now) for name, work in works.items()}
     sample_whole = _sampler(case.whole[1], plan.seconds, now) if case.whole else None
     samples: dict[str, list[float]] = {name: [] for name in samplers}

@@ -1,8 +1,11 @@
 """The experts of one layer, dispatch and combination included, against the dense limit and against others.
 
 The limit is the faster of two dense feed-forward networks of the same number of operations: in one piece, and in
-chunks of tokens that stay in the cache. Nothing sparse needs to be as fast; it is a scale. Routing is given and about
-balanced: routers have a benchmark of their own.
+chunks of tokens that stay in the cache. Nothing sparse needs to be as fast; it is a scale. On a CPU a second scale is
+the products alone: those that any layer of E experts computes, one expert after the other on tokens that already lie in
+order, without dispatch, activation or sums. What they take beyond the limit is the matrix library's and the memory's:
+all E experts' weights are read in both passes, and as many gradients written. Routing is given and about balanced:
+routers have a benchmark of their own.
 
 Others: the experts functions of transformers (its ``eager`` as Mixtral has it), and the loops of LibMoE
 (github.com/Fsoft-AIC/LibMoE, ``compute_moe``) and CuMo (github.com/SHI-Labs/CuMo, ``smoe_mixtral_helper``), written
@@ -71,6 +74,7 @@ def _cases(sizes: Mapping[str, int], device: torch.device, passes: Sequence[str]
             settings={**sizes, "pass": name},
             contenders={who: partial(run, layer, *contender) for who, contender in layer.contenders(run).items()},
             limits={"dense": partial(_dense, layer, name), "dense in chunks": partial(_dense, layer, name, CHUNK)},
+            references={} if device.type == "cuda" else {"products alone": _products(layer, name)},
             whole=_matrix_product(device) if device.type == "cuda" else None,
             # Sums of up to 2048 products in another order; in bfloat16 the output is also rounded in other places.
             tolerance=1e-5 if dtype == torch.float32 else 3e-2,
@@ -219,6 +223,32 @@ def _dense(layer: _Layer, passes: str, chunk: int | None = None) -> Sequence[Ten
                 torch._foreach_add_(totals, gradients)
             totals = totals or gradients
     return totals
+
+
+def _products(layer: _Layer, passes: str) -> Work:
+    """The products of E experts that share the tokens evenly, with places for all gradients.
+
+    n: tokens of one expert; F: its hidden size; H: 2F.
+    """
+    E, D, F_ = layer.experts.down_proj.shape
+    n = max(1, layer.indices_TK.numel() // E)
+    x_nD, grad_nD, active_nF, hidden_nH = (torch.randn(n, size) for size in (D, D, F_, 2 * F_))
+    weights = [part.detach() for part in (layer.experts.gate_up_proj, layer.experts.down_proj)]
+    grads = [torch.empty_like(part) for part in weights]
+
+    def work() -> Sequence[Tensor]:
+        for up, down in zip(*weights, strict=True):
+            x_nD @ up.T
+            active_nF @ down.T
+        if passes != "forward":
+            for up, down, grad_up, grad_down in zip(*weights, *grads, strict=True):
+                torch.mm(grad_nD.T, active_nF, out=grad_down)
+                grad_nD @ down
+                torch.mm(hidden_nH.T, x_nD, out=grad_up)
+                hidden_nH @ up
+        return ()
+
+    return work
 
 
 def summary(results: Sequence[tuple[Case, Result]]) -> str:

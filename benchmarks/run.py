@@ -74,7 +74,7 @@ def markdown(results: Results) -> str:
     """
     settings = list(results[0][0].settings)
     wholes = list(dict.fromkeys(case.whole[0] for case, _ in results if case.whole))
-    names = list(dict.fromkeys(name for case, _ in results for name in [*case.limits, *case.contenders]))
+    names = list(dict.fromkeys(name for case, result in results for name in result.timings))
     rows = [[*settings, *wholes, *names]]
     rows.append(["---"] * len(rows[0]))
     for case, result in results:

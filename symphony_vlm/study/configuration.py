@@ -108,6 +108,8 @@ class EvaluationSettings(Schema):
     max_new_tokens: int = Field(default=16, gt=0)
     seed: int = 0
     """Of the corruptions and the choice of pictures, the same for every arm and seed of training."""
+    routing: bool = True
+    """Whether the routers are recorded, and compared between clean and corrupted pictures."""
 
 
 class Choice(Schema):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from symphony_vlm.evaluation.drawing import INK, MUTED, PAPER, SERIES, STYLE, draw_adjacency
+from symphony_vlm.evaluation.routing.prompts import MODALITIES
 from symphony_vlm.study.routing_facts import routing_log
 from symphony_vlm.study.scores import ArmScores, Floats
 from symphony_vlm.study.setting import Setting
@@ -41,7 +42,8 @@ def write_figures(setting: Setting, scores: Mapping[str, ArmScores], prefix: str
 
     Returns:
         Names of the files: ``..._curves.png``; ``..._differences.png`` if an arm has a baseline; ``..._routing.png`` if
-        one has experts; ``..._graphs.png`` if one has a graph.
+        one has experts; ``..._drift.png`` if their routing of corrupted pictures was measured; ``..._graphs.png`` if
+        one has a graph.
     """
     names = [f"{prefix}_curves.png"]
     _draw_curves(setting, scores, folder / names[0])
@@ -56,6 +58,9 @@ def write_figures(setting: Setting, scores: Mapping[str, ArmScores], prefix: str
     if logs:
         names.append(f"{prefix}_routing.png")
         _draw_routing(logs, folder / names[-1])
+    if any(cell.drift for found in scores.values() for cell in found.cells):
+        names.append(f"{prefix}_drift.png")
+        _draw_drift(setting, scores, folder / names[-1])
     graphs = {arm: found[0] for arm, found in logs.items() if found[0][-1].get("graphs")}
     if graphs:
         names.append(f"{prefix}_graphs.png")
@@ -128,6 +133,25 @@ def _load_cv(entry: Mapping[str, Any]) -> float:
 
 def _relative_entropy(entry: Mapping[str, Any]) -> float:
     return mean(layer["token_entropy"] / math.log(max(2, len(layer["load"]))) for layer in entry["layers"].values())
+
+
+def _draw_drift(setting: Setting, scores: Mapping[str, ArmScores], path: Path) -> None:
+    """Answers lost over experts changed: a dot for each seed and arm, those of negative controls hollow."""
+    title = "corrupted pictures: right answers lost over experts changed, both in %; a dot for each seed"
+    with _panels(path, len(MODALITIES), title, columns=len(MODALITIES), size=(4.2, 3.4), share_y=True) as panels:
+        for kind, axes in zip(MODALITIES, panels, strict=True):
+            arms = {arm: [cell.drift[kind] for cell in found.cells if cell.drift] for arm, found in scores.items()}
+            for place, (arm, found) in enumerate(item for item in arms.items() if item[1]):
+                points = [(cell["fluctuation"], cell["answers_lost"]) for cell in found]
+                known = [(100 * moved, 100 * lost) for moved, lost in points if moved is not None and lost is not None]
+                color, marker = SERIES[place % len(SERIES)], "os^Dv"[place // len(SERIES) % 5]
+                face = "none" if setting.study.arms[arm].control else color
+                x, y = np.reshape(known, (-1, 2)).T
+                axes.scatter(x, y, s=22, marker=marker, facecolors=face, edgecolors=color, label=arm)
+            axes.set_xlabel(f"experts changed, tokens of {kind} (%)", fontsize=8)
+            axes.grid(axis="y")
+        panels[0].set_ylabel("right answers lost (%)", fontsize=8)
+        panels[-1].legend(fontsize=6, frameon=False, loc="center left", bbox_to_anchor=(1.02, 0.5))
 
 
 def _draw_graphs(logs: Mapping[str, list[dict[str, Any]]], path: Path) -> None:

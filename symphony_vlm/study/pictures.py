@@ -17,6 +17,7 @@ from symphony_vlm.errors import InputError
 from symphony_vlm.evaluation.sweep import model_labels
 from symphony_vlm.evaluation.task import get_task
 from symphony_vlm.study.configuration import EvaluationSettings, Study, StudyPictures
+from symphony_vlm.study.drift import read_drift
 from symphony_vlm.study.jobs import COMMAND, Job
 from symphony_vlm.study.picture_recipes import arm_recipe, recipe_text, start_recipe, with_pictures
 from symphony_vlm.study.scores import ArmScores, CellScores, Floats
@@ -137,6 +138,7 @@ class PictureSetting:
             sums=sums,
             predictions="".join(f"{json.dumps(line)}\n" for line in said),
             seconds=float((trained.folder / "seconds.txt").read_text()),
+            drift=read_drift(folder.parent / "results.json") if self._evaluation.routing else {},
         )
 
     def _ordered(self, arms: Collection[str]) -> list[str]:
@@ -212,6 +214,7 @@ class PictureSetting:
         words = [word for pair in (*models, *options.items()) for word in pair]
         for name, limit in (("--limit", evaluation.limit), ("--corrupted-limit", evaluation.corrupted_limit)):
             words += [] if limit is None else [name, str(limit)]
+        words += ["--routing"] if evaluation.routing else []
         return Job(
             name=str(folder.relative_to(self._output)),
             folder=folder,

@@ -9,6 +9,7 @@ from typing import Any
 
 from symphony_vlm.errors import InputError
 from symphony_vlm.files import write_json, write_text
+from symphony_vlm.study.drift import drift_rows
 from symphony_vlm.study.figures import write_figures
 from symphony_vlm.study.page import page_text
 from symphony_vlm.study.scores import ArmScores
@@ -50,11 +51,15 @@ def write_results(
         raise InputError("no cell is finished", where=str(output), remedy="Run the study.")
     arms: list[dict[str, Any]] = []
     comparisons: list[dict[str, Any]] = []
+    drift: list[dict[str, Any]] = []
     for part, found in scores.items():
         arms += arm_rows(setting, part, found)
         # What was chosen is tested by the names of the choices; an arm may be the best of several.
         tested = pairs_of_choices(chosen) if chosen and part == "test" else pairs_of_arms(setting)
         comparisons += comparison_rows(setting, part, tested, found)
+        baselines = {name: arm.baseline for name, arm in setting.study.arms.items()}
+        for data, of_data in found.items():
+            drift += [{"part": part, "data": data, **row} for row in drift_rows(of_data, baselines)]
     document = {
         "study": setting.study.model_dump(mode="json"),
         "command": command,
@@ -64,6 +69,7 @@ def write_results(
         "choices": [asdict(choice) for choice in chosen],
         "arms": arms,
         "comparisons": comparisons,
+        "drift": drift,
         "provenance": provenance,
     }
     write_json(output / "results.json", document)

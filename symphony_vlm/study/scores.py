@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +35,8 @@ class CellScores:
     predictions: str
     """What was answered or scored, item by item, as one text; its hash tells whether a repetition gave the same."""
     seconds: float | None = None
+    drift: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
+    """By modality, what `drift.read_drift` found; empty without routers or where it was not measured."""
 
 
 class ArmScores:

@@ -18,7 +18,7 @@ from scipy import stats
 from symphony_vlm.evaluation.statistics import Interval, bootstrap_weights, percentile_interval, sign_flip_tests
 from symphony_vlm.study.scores import Floats
 
-__all__ = ["Comparison", "compare_arms", "mean_over_seeds", "ratio_over_seeds"]
+__all__ = ["Comparison", "compare_arms", "compare_seeds", "mean_over_seeds", "ratio_over_seeds"]
 
 N_RESAMPLES = 2000
 
@@ -92,6 +92,21 @@ def compare_arms(baseline_SG: ArrayLike, arm_SG: ArrayLike, weights_G: ArrayLike
         p_seeds=_paired_t(difference_SG.sum(1) / weights.sum()),
         p_data=p_data,
     )
+
+
+def compare_seeds(differences_S: ArrayLike) -> tuple[Interval, float | None]:
+    """The mean of paired differences, one a seed, with Student's 95 % interval and the p of the t-test beside it.
+
+    Returns:
+        p is None, and the interval a point, where there is no spread to compare with (`Comparison.p_seeds`).
+    """
+    values = np.asarray(differences_S, dtype=np.float64)
+    p = _paired_t(values)
+    mean = float(values.mean())
+    if p is None or not values.any():
+        return Interval(value=mean, low=mean, high=mean), p
+    low, high = stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
+    return Interval(value=mean, low=float(low), high=float(high)), p
 
 
 def _resampled(sums_SG: Floats, weights_G: Floats, seed: int) -> Floats:

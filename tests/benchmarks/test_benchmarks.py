@@ -188,12 +188,13 @@ def test_times_are_given_as_multiples_of_the_fastest_limit(measure: types.Module
         settings={"size": 1},
         contenders={"a": work(3.0), "b": work(5.0)},
         limits={"slow limit": work(2.5), "limit": work(2.0)},
+        references={"reference": work(2.25)},
     )
     result = measure.measure(case, measure.Plan(rounds=1, alternations=2, seconds=0.0), CPU)
     assert result.limit == 2.0
-    assert result.whole == 3.0, "the baseline is the first contender, not a limit"
-    assert markdown([(case, result)]).splitlines()[0] == "| size | slow limit | limit | a | b |"
-    assert markdown([(case, result)]).splitlines()[-1] == "| 1 | 2.5e+03 ms | 2e+03 ms | 1.50x | 2.50x |"
+    assert result.whole == 3.0, "the baseline is the first contender, not a limit or a reference"
+    assert markdown([(case, result)]).splitlines()[0] == "| size | slow limit | limit | reference | a | b |"
+    assert markdown([(case, result)]).splitlines()[-1] == "| 1 | 2.5e+03 ms | 2e+03 ms | 1.12x | 1.50x | 2.50x |"
     assert largest([(case, result)]) == ""
 
 
@@ -203,7 +204,7 @@ def test_the_layer_is_measured_against_its_limit_and_everybody_else(
     forward, both = run("moe_layer")[1]["cases"]
     others = ["segments", "HF grouped_mm", "HF eager", "LibMoE loop", "CuMo loop"]
     for case in (forward, both):
-        assert list(case["timings"]) == ["dense", "dense in chunks", *others]
+        assert list(case["timings"]) == ["dense", "dense in chunks", "products alone", *others]
         assert case["limit"] == min(case["timings"][name]["seconds"] for name in ("dense", "dense in chunks"))
     assert both["limit"] > forward["limit"]
 

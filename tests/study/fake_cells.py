@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from symphony_vlm.study.configuration import Study
+from symphony_vlm.study.drift import FIGURES
 from symphony_vlm.study.jobs import Job
 
 
@@ -70,6 +71,27 @@ def write_predictions(folder: Path, scores: Sequence[tuple[str, int, Sequence[fl
         ]
         path = folder / f"scenes.{corruption}.{severity}.jsonl"
         path.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+
+
+def write_drift(folder: Path, changed: Sequence[float]) -> None:
+    """A results.json with one block of routing: experts changed among the tokens of pictures and of text."""
+    kinds = dict(zip(("image", "text"), changed, strict=True))
+    means = {
+        kind: {name: {"value": value} for name in FIGURES} | {"kappa": {"value": None}} for kind, value in kinds.items()
+    }
+    areas = [
+        {"drift": drift, "modality": kind, "value": 0.75 if drift == "fluctuation" else 0.1, "n_flips": 1, "n_kept": 3}
+        for drift in ("js_gate", "fluctuation")
+        for kind in kinds
+    ]
+    nothing_lost = [area | {"value": None, "n_flips": 0, "n_kept": 4} for area in areas]
+    cells = [
+        {"corruption": name, "severity": 1, "attack": "none", "association": found}
+        for name, found in (("fog", areas), ("contrast", nothing_lost), ("saturate", areas))
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    block = {"mean": {"all": means}, "cells": cells}
+    (folder / "results.json").write_text(json.dumps({"robustness": {"routing_drift": [block]}}))
 
 
 def write_routing(run: Path, adjacency: Sequence[Sequence[float]] | None = None) -> None:

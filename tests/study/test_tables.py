@@ -8,7 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_cells import finish, picture_study, small_study, write_lines, write_predictions, write_routing
+from fake_cells import (
+    finish,
+    picture_study,
+    small_study,
+    write_drift,
+    write_lines,
+    write_predictions,
+    write_routing,
+)
 
 from symphony_vlm.errors import InputError
 from symphony_vlm.study.configuration import Study
@@ -164,8 +172,9 @@ def finish_pictures(study: Study, output: Path, right: dict[str, dict[str, list[
                 corrupted = [
                     (name, severity, scores.get(f"{name}/{severity}", scores["bad"])) for name, severity in CELLS
                 ]
-                folder = job.folder / "results" / f"{arm}-{seed}-run" / "predictions"
-                write_predictions(folder, [("none", 0, scores["clean"]), *corrupted])
+                folder = job.folder / "results" / f"{arm}-{seed}-run"
+                write_predictions(folder / "predictions", [("none", 0, scores["clean"]), *corrupted])
+                write_drift(folder, scores.get("changed", [0.2, 0.1]))
         if job.name.startswith("cells"):
             write_routing(job.folder / "run", [[0.5, 0.5], [0.3, 0.7]])
     return setting
@@ -194,6 +203,38 @@ def test_the_tables_say_what_cells_with_pictures_hold(tmp_path: Path) -> None:
     assert (tmp_path / "pictures_graphs.png").stat().st_size > 0
     curve = setting.curve(scores_of(setting, "test", ["smoe", "symphony"])["pictures"]["symphony"], [0])
     assert [(harm, sums.sum() / weights.sum()) for harm, sums, weights in curve] == [(0, 0.75), (1, 0.5), (5, 0.5)]
+
+
+def test_the_drift_of_routing_is_compared_by_seed(tmp_path: Path) -> None:
+    scores: dict[str, list[float]] = {"clean": [1, 1, 1, 0, 1, 1, 0, 0], "bad": [1, 0, 0, 0]}
+    arms = {"smoe": scores, "symphony": scores | {"changed": [0.17, 0.1]}}
+    setting = finish_pictures(picture_study(seeds=[0, 1, 2]), tmp_path, arms)
+    write_drift(tmp_path / "evaluation" / "test" / "seed2" / "results" / "symphony-seed2-run", [0.14, 0.1])
+    document, page = results(setting, tmp_path)
+    rows = {(row["arm"], row["modality"]): row for row in document["drift"]}
+    assert list(rows) == [(arm, kind) for arm in arms for kind in ("image", "text")]
+    image, text = rows["symphony", "image"], rows["symphony", "text"]
+    assert image["per_seed"] == [0.17, 0.17, 0.14] and image["figures"]["fluctuation"] == pytest.approx(0.16)
+    # Of fog and contrast, 1 of 8 right answers is lost; saturate is not a common corruption.
+    assert image["figures"]["answers_lost"] == pytest.approx(1 / 8) and image["figures"]["association"] == 0.75
+    difference = image["difference"]
+    assert difference["value"] == pytest.approx(-0.04) and difference["low"] < -0.04 < difference["high"]
+    # Student's t of -0.03, -0.03, -0.06: a mean of 4 standard errors below 0, two degrees of freedom.
+    assert image["p_seeds"] == pytest.approx(0.0572, abs=1e-4)
+    # Text changes as much in both, which is p = 1; two rows are tested.
+    assert (text["difference"]["value"], text["p_seeds"], image["p_holm"]) == (0, 1, 2 * image["p_seeds"])
+    assert rows["smoe", "image"]["difference"] is None
+    assert "| symphony | image | 16.0 | 16.0 | - | 16.0 | 16.0 | 0.160 | 12.5 | 75.0 | smoe | -4.00 [" in page
+    assert "| smoe | text | 10.0 |" in page and (tmp_path / "pictures_drift.png").stat().st_size > 0
+
+
+def test_without_routing_there_is_no_drift(tmp_path: Path) -> None:
+    values = {"corruptions": ["fog", "contrast", "saturate"], "severities": [1, 5], "routing": False}
+    scores: dict[str, list[float]] = {"clean": [1, 1, 1, 0, 1, 1, 0, 0], "bad": [1, 0, 0, 0]}
+    setting = finish_pictures(picture_study(evaluation=values), tmp_path, {"smoe": scores, "symphony": scores})
+    assert not any("--routing" in word for job in setting.jobs("test", ["smoe"]) for word in str(job.commands).split())
+    document, page = results(setting, tmp_path)
+    assert document["drift"] == [] and "experts changed" not in page and not (tmp_path / "pictures_drift.png").exists()
 
 
 def test_controls_are_marked(tmp_path: Path) -> None:
