@@ -1,6 +1,6 @@
 """The social graph of the experts: who is selected together, smoothed over optimizer steps (arXiv 2510.16411).
 
-Shape letters: T tokens, E experts.
+Shape letters: T tokens, E experts, L layers.
 
 Routing multiplies the gate values by the adjacency matrix, g_sym = A g. Symphony's matrix is a moving average of the
 normalised co-selection counts; a learnable and a fixed one are there to compare it with. Counting happens in the
@@ -12,8 +12,9 @@ activation checkpointing, and drift apart between ranks.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -171,14 +172,11 @@ class SymphonyGraph(StoredGraph):
             counts: see above.
             momentum: instead of the setting's; 0 sets the graph to these counts alone.
         """
-        num_experts = self.config.num_experts
-        counts_EE, num_tokens = counts[:-1].view(num_experts, num_experts), counts[-1]
-        target_EE = normalize_counts(counts_EE, num_tokens, self.config)
-        # No token at all (every rank empty, or a frozen layer): the step leaves the graph as it is. `where` instead
-        # of `if` keeps the decision on the device.
-        kept = torch.where(num_tokens > 0, self.config.momentum if momentum is None else momentum, 1.0)
-        self.adjacency_EE.copy_(kept * self.adjacency_EE + (1 - kept) * target_EE)
-        self.num_updates += (num_tokens > 0).long()
+        _update([self], counts[None], momentum)
+
+    def seen(self, counts_LEE: Tensor) -> Tensor:
+        """What the matrix is made of, ``[L, E, E]``: the counts of L layers as they are."""
+        return counts_LEE
 
 
 class ControlGraph(SymphonyGraph):
@@ -192,22 +190,18 @@ class ControlGraph(SymphonyGraph):
     rotation changes nothing.
     """
 
-    @torch.no_grad()
-    def update(self, counts: Tensor, momentum: float | None = None) -> None:
-        """See the base class."""
-        counts_EE = counts[:-1].view(self.config.num_experts, self.config.num_experts)
-        super().update(torch.cat([self._replaced(counts_EE).flatten(), counts[-1:]]), momentum)
-
-    def _replaced(self, counts_EE: Tensor) -> Tensor:
+    def seen(self, counts_LEE: Tensor) -> Tensor:
+        """The counts replaced."""
         if self.config.expert_graph == "shuffled":
-            return counts_EE.roll((1, 1), (0, 1))
-        own_E = counts_EE.diagonal()
-        weights_EE = torch.ones_like(counts_EE)
+            return counts_LEE.roll((1, 1), (-2, -1))
+        own_LE = counts_LEE.diagonal(dim1=-2, dim2=-1)
+        weights_EE = torch.ones_like(counts_LEE[0])
         if self.config.expert_graph == "random":
-            weights_EE = _random_weights(len(counts_EE)).to(counts_EE)
+            weights_EE = _random_weights(len(weights_EE)).to(counts_LEE)
         off_EE = weights_EE - torch.diag(weights_EE.diagonal())
         share_EE = off_EE / off_EE.sum().clamp(min=1e-30)
-        return share_EE * (counts_EE.sum() - own_E.sum()) + torch.diag(own_E.mean().expand(len(own_E)))
+        others_L = counts_LEE.sum((-2, -1)) - own_LE.sum(-1)
+        return share_EE * others_L[:, None, None] + torch.diag_embed(own_LE.mean(-1, keepdim=True).expand_as(own_LE))
 
 
 @functools.cache
@@ -250,14 +244,14 @@ def normalize_counts(counts_EE: Tensor, num_tokens: Tensor, config: MoEConfig) -
     """The target matrix A_hat = (1 - strength) I + strength * norm(C); an expert never co-selected keeps a row of I.
 
     Args:
-        counts_EE: co-selection counts C = S^T S, ``[E, E]``, symmetric.
-        num_tokens: scalar, the tokens counted (used by ``normalization: frequency``).
+        counts_EE: co-selection counts C = S^T S, ``[E, E]``, symmetric, or of several layers, ``[L, E, E]``.
+        num_tokens: the tokens counted (used by ``normalization: frequency``), a scalar or ``[L]``.
         config: `normalization`, `diagonal`, `strength`.
 
     Returns:
-        ``[E, E]`` fp32.
+        As many matrices, fp32.
     """
-    identity_EE = torch.eye(len(counts_EE), device=counts_EE.device)
+    identity_EE = torch.eye(counts_EE.shape[-1], device=counts_EE.device)
     counts_EE = counts_EE.float()
     if config.diagonal == "drop":
         counts_EE = counts_EE * (1 - identity_EE)
@@ -265,23 +259,23 @@ def normalize_counts(counts_EE: Tensor, num_tokens: Tensor, config: MoEConfig) -
     alone_E = degree_E == 0
     degree_E = degree_E.masked_fill(alone_E, 1.0)
     if config.normalization == "row":
-        norm_EE = counts_EE / degree_E[:, None]
+        norm_EE = counts_EE / degree_E[..., None]
     elif config.normalization == "symmetric":
-        norm_EE = counts_EE * degree_E.rsqrt()[:, None] * degree_E.rsqrt()[None, :]
+        norm_EE = counts_EE * degree_E.rsqrt()[..., None] * degree_E.rsqrt()[..., None, :]
     elif config.normalization == "frequency":
-        norm_EE = counts_EE / num_tokens.clamp(min=1)
+        norm_EE = counts_EE / num_tokens.clamp(min=1)[..., None, None]
     else:
         norm_EE = _sinkhorn(counts_EE, alone_E)
-    norm_EE = torch.where(alone_E[:, None], identity_EE, norm_EE)
+    norm_EE = torch.where(alone_E[..., None], identity_EE, norm_EE)
     return (1 - config.strength) * identity_EE + config.strength * norm_EE
 
 
 def _sinkhorn(counts_EE: Tensor, alone_E: Tensor) -> Tensor:
     """Scales rows and columns in turn until both sum to 1 (to the accuracy of a fixed number of rounds)."""
-    matrix_EE = counts_EE + torch.diag(alone_E.float())
+    matrix_EE = counts_EE + torch.diag_embed(alone_E.float())
     for _ in range(_SINKHORN_ITERATIONS):
-        matrix_EE = matrix_EE / matrix_EE.sum(0, keepdim=True)
-        matrix_EE = matrix_EE / matrix_EE.sum(1, keepdim=True)
+        matrix_EE = matrix_EE / matrix_EE.sum(-2, keepdim=True)
+        matrix_EE = matrix_EE / matrix_EE.sum(-1, keepdim=True)
     return matrix_EE
 
 
@@ -343,5 +337,35 @@ def update_expert_graphs(model: nn.Module, *, momentum: float | None = None) -> 
         stacked = torch.cat(counts)
         dist.all_reduce(stacked)
         counts = list(stacked.split([len(c) for c in counts]))
-    for graph, count in zip(graphs, counts, strict=True):
-        graph.update(count, momentum)
+    for _, group in itertools.groupby(zip(graphs, counts, strict=True), key=lambda pair: _stackable(*pair)):
+        alike, theirs = zip(*group, strict=True)
+        _update(alike, torch.stack(theirs), momentum)
+
+
+def _stackable(graph: SymphonyGraph, counts: Tensor) -> tuple[object, ...]:
+    """Equal for layers whose graphs move together."""
+    return type(graph), graph.config, counts.device
+
+
+def _update(graphs: Sequence[SymphonyGraph], counts_LN: Tensor, momentum: float | None) -> None:
+    """One step of the graphs of L layers of one configuration.
+
+    All at once, for on an accelerator such small matrices take the time that starting a kernel takes, whatever their
+    number.
+
+    Args:
+        graphs: of L layers.
+        counts_LN: their counts, N = E * E + 1 of each (`SymphonyGraph.take_counts`).
+        momentum: instead of the setting's.
+    """
+    config, num_tokens_L = graphs[0].config, counts_LN[:, -1]
+    counts_LEE = counts_LN[:, :-1].unflatten(-1, (config.num_experts, config.num_experts))
+    target_LEE = normalize_counts(graphs[0].seen(counts_LEE), num_tokens_L, config)
+    # No token at all (every rank empty, or a frozen layer): the step leaves the graph as it is. `where` instead of `if`
+    # keeps the decision on the device.
+    counted_L = num_tokens_L > 0
+    kept_L11 = torch.where(counted_L, config.momentum if momentum is None else momentum, 1.0)[:, None, None]
+    matrices = [graph.adjacency_EE for graph in graphs]
+    moved_LEE = kept_L11 * torch.stack(matrices) + (1 - kept_L11) * target_LEE
+    torch._foreach_copy_(matrices, moved_LEE.unbind())
+    torch._foreach_add_([graph.num_updates for graph in graphs], counted_L.long().unbind())

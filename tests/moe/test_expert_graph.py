@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from symphony_vlm.errors import InputError
 from symphony_vlm.moe.configuration import MoEConfig
@@ -151,6 +152,51 @@ def test_one_update_is_the_moving_average_of_the_formula() -> None:
     # Three rounds of two fp32 products; 0.9 as fp32 tensor against Python's double costs up to 6e-8 each.
     torch.testing.assert_close(graph.adjacency_EE, expected_EE, atol=1e-6, rtol=0)
     assert int(graph.num_updates) == 3
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_layers_that_move_together_move_as_each_would_alone(normalization: str) -> None:
+    """Several kinds and sizes in one model, one layer without a token."""
+    configs = [config_of(normalization=normalization, expert_graph=kind) for kind in ["symphony", *CONTROLS]]
+    configs += [config_of(normalization=normalization, momentum=0.5)]
+    pairs = [(make_expert_graph(config), make_expert_graph(config)) for config in configs for _ in range(3)]
+    model = nn.ModuleList([together for together, _ in pairs])
+    for number, (together, alone) in enumerate(pairs):
+        assert isinstance(together, SymphonyGraph) and isinstance(alone, SymphonyGraph)
+        if number != 1:
+            together.count(membership(seed=number))
+            alone.count(membership(seed=number))
+        alone.update(alone.take_counts())
+    update_expert_graphs(model)
+    for number, (together, alone) in enumerate(pairs):
+        assert together is not None and alone is not None
+        assert torch.equal(together.adjacency_EE, alone.adjacency_EE)
+        assert int(together.num_updates) == int(alone.num_updates) == int(number != 1)
+
+
+def test_more_layers_of_one_kind_do_not_take_more_steps_to_move() -> None:
+    """On an accelerator every operation is a launch. Only taking a layer's counts is done layer by layer."""
+
+    def num_operations(num_layers: int) -> int:
+        graphs = nn.ModuleList([SymphonyGraph(config_of()) for _ in range(num_layers)])
+        for graph in graphs:
+            graph.count(membership())
+        with _Operations() as found:
+            update_expert_graphs(graphs)
+        return found.number
+
+    taking = 2  # ``cat``, and the token count as a float; views start nothing
+    assert num_operations(9) - num_operations(3) <= 6 * taking
+
+
+class _Operations(TorchDispatchMode):
+    """Counts operations that start work: not those that only look at memory otherwise."""
+
+    number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += not func.is_view
+        return func(*args, **(kwargs or {}))
 
 
 def test_constant_counts_are_approached_geometrically() -> None:
