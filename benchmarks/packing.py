@@ -5,6 +5,9 @@ a learning rate of 0, and so with the same supervised tokens in a pass. The padd
 stage without `group_by` does. The model is the one of the recipe ``instruct_small`` with random weights; numbers do not
 move the time. Pictures are prepared and batches collated beforehand.
 
+Once the vision tower trains, as in that recipe, and once it is frozen and its features come from the cache, as in
+LLaVA-1.5's last stage: what the tower costs is the same for all contenders.
+
 Without ``--data`` the conversations are generated scenes, which are short and alike.
 """
 
@@ -14,7 +17,7 @@ import copy
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +39,9 @@ from symphony_vlm.moe.expert_graph import update_expert_graphs
 from symphony_vlm.training.parts import assemble, open_tokenizer
 from symphony_vlm.training.trainer import freeze_except, parameter_groups
 
-__all__ = ["Batch", "Setup", "cases", "collate", "num_supervised", "set_up", "trains"]
+__all__ = [
+    "Batch", "Setup", "cases", "collate", "frozen_tower", "num_supervised", "set_up", "trains", "with_features",
+]  # fmt: skip
 
 Batch = dict[str, Tensor]
 
@@ -55,7 +60,7 @@ class Setup:
 def cases(
     *, tiny: bool, device: torch.device, data: Path | None = None, image_folder: Path | None = None
 ) -> Iterator[Case]:
-    """16 conversations in an optimizer step, as in the recipe, 64 and 128, each in one batch.
+    """16 conversations in an optimizer step, as in the recipe, 64 and 128, each in one batch; by what the tower does.
 
     Args:
         tiny: sizes for a test of the benchmark.
@@ -67,8 +72,9 @@ def cases(
     with tempfile.TemporaryDirectory() as folder:
         setup = set_up(recipe, 8 if tiny else 256, Path(folder), data, image_folder)
         setup.model.to(device)
-        for per_step in (4,) if tiny else (16, 64, 128):
-            yield _case(setup, per_step, device)
+        for trained in (True, False):
+            for per_step in (4,) if tiny else (16, 64, 128):
+                yield _case(setup if trained else frozen_tower(setup), per_step, device)
 
 
 def set_up(recipe: Recipe, num_samples: int, folder: Path, data: Path | None, image_folder: Path | None) -> Setup:
@@ -96,6 +102,25 @@ def set_up(recipe: Recipe, num_samples: int, folder: Path, data: Path | None, im
     return Setup(model=model.train(), rates=stage.train, samples=samples, rows=rows, max_length=stage.max_length)
 
 
+def frozen_tower(setup: Setup) -> Setup:
+    """The same, but that the vision tower does not train."""
+    rates = {name: rate for name, rate in setup.rates.items() if name != "vision_tower"}
+    model = copy.deepcopy(setup.model)
+    freeze_except(model, rates)
+    return replace(setup, model=model, rates=rates)
+
+
+@torch.no_grad()
+def with_features(setup: Setup, batches: Sequence[Batch], device: torch.device) -> list[Batch]:
+    """Batches with the frozen tower's output in the place of pictures."""
+    tower = setup.model.vision_tower.eval()
+    return [
+        {name: tensor for name, tensor in batch.items() if name != "pixel_values"}
+        | {"vision_features": tower(batch["pixel_values"].to(device)).cpu()}
+        for batch in batches
+    ]
+
+
 def _case(setup: Setup, per_step: int, device: torch.device) -> Case:
     lengths = [setup.samples.num_tokens(index) for index in range(len(setup.samples))]
     # `group_by: length` sorts within pieces of 50 batches; all of these conversations are less than one.
@@ -111,13 +136,17 @@ def _case(setup: Setup, per_step: int, device: torch.device) -> Case:
         "packed": [PackedCollator(setup.rows)([packed[int(index)] for index in part]) for part in parts],
     }
     assert {len(batches) for batches in passes.values()} == {steps}
+    places = {name: sum(batch["input_ids"].numel() for batch in batches) for name, batches in passes.items()}
+    supervised = sum(num_supervised(batch) for batch in passes["padded"])
+    trained = "vision_tower" in setup.rates
+    if not trained:
+        passes = {name: with_features(setup, batches, device) for name, batches in passes.items()}
     contenders = {
         name: trains(copy.deepcopy(setup.model), setup.rates, batches, device) for name, batches in passes.items()
     }
-    places = {name: sum(batch["input_ids"].numel() for batch in batches) for name, batches in passes.items()}
-    settings: dict[str, int | str] = {"conversations a step": per_step, "tokens": sum(lengths)}
+    settings: dict[str, int | str] = {"vision tower": "trained" if trained else "frozen, cached"}
+    settings |= {"conversations a step": per_step, "tokens": sum(lengths)}
     settings |= {f"places {name}": number for name, number in places.items()}
-    supervised = sum(num_supervised(batch) for batch in passes["padded"])
     return Case(settings=settings, contenders=contenders, items=("supervised tokens", supervised))
 
 

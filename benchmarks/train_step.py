@@ -14,7 +14,6 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +23,13 @@ from torch import Tensor
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from benchmarks.measure import Case, Plan
-from benchmarks.packing import Batch, Setup, collate, num_supervised, set_up, trains
+from benchmarks.packing import Batch, Setup, collate, frozen_tower, num_supervised, set_up, trains, with_features
 from symphony_vlm.config.loading import load_recipe
 from symphony_vlm.data.conversation import IGNORE_INDEX
 from symphony_vlm.data.packing import PackedCollator, PackedDataset
 from symphony_vlm.model.loss import targets_of, training_loss
 from symphony_vlm.moe.experts import Experts
 from symphony_vlm.moe.recording import sparse_layers
-from symphony_vlm.training.trainer import freeze_except
 
 __all__ = ["PLAN", "cases"]
 
@@ -55,8 +53,7 @@ def cases(
     with tempfile.TemporaryDirectory() as folder:
         setup = set_up(recipe, 2 * per_step, Path(folder), data, image_folder)
         setup.model.to(device)
-        setup = replace(setup, rates={name: rate for name, rate in setup.rates.items() if name != "vision_tower"})
-        freeze_except(setup.model, setup.rates)
+        setup = frozen_tower(setup)
         padded = collate(setup, list(range(len(setup.samples))), per_step)
         usual, ours = _usual(copy.deepcopy(setup.model)), setup.model
         settings: dict[str, int | str] = {"conversations a step": per_step, "experts": _num_experts(ours)}
@@ -81,11 +78,7 @@ def _packed(setup: Setup, steps: int, device: torch.device) -> list[Batch]:
     packed = PackedDataset(setup.samples, max_length=row, seed=0)
     parts = np.array_split(np.arange(len(packed)), steps)
     batches = [PackedCollator(setup.rows)([packed[int(index)] for index in part]) for part in parts]
-    tower = setup.model.vision_tower.eval()
-    with torch.no_grad():
-        for batch in batches:
-            batch["vision_features"] = tower(batch.pop("pixel_values").to(device)).cpu()
-    return batches
+    return with_features(setup, batches, device)
 
 
 def _usual(model: Any) -> Any:

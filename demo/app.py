@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 
+from symphony_vlm.cli.plugins import import_plugins
 from symphony_vlm.errors import InputError
 from symphony_vlm.serving.gradio_app import launch
 
@@ -24,6 +25,7 @@ def main() -> None:
     if not arguments.model:
         parser.error("no model: give --model DIR or set SYMPHONY_VLM_MODEL")
     try:
+        import_plugins()
         launch(arguments.model, arguments.compare, host=arguments.host, port=arguments.port)
     except InputError as error:
         parser.exit(2, f"error: {error}\n")

@@ -54,6 +54,51 @@ def _call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str
     return int(stop.value.code or 0), said.out, said.err.splitlines()
 
 
+# Code of one's own.
+
+ROUTER = "docs/examples/soft_cap_router.py"
+
+
+def test_every_command_knows_what_a_plugin_registers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the file's path or the module's name, and in the processes that a command starts."""
+    settings = ("config", "show", "tiny", "model.moe.router=soft_cap")
+    unknown = _run(*settings)
+    assert unknown.returncode == 2 and "SYMPHONY_VLM_PLUGINS=FILE.py" in unknown.stderr
+    monkeypatch.setenv("SYMPHONY_VLM_PLUGINS", f" {ROUTER},")
+    assert "router: soft_cap" in _run(*settings).stdout
+    monkeypatch.setenv("SYMPHONY_VLM_PLUGINS", "soft_cap_router,json")
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY / Path(ROUTER).parent))
+    assert "router: soft_cap" in _run(*settings).stdout
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, "FileNotFoundError"),
+        ("1 / 0\n", "ZeroDivisionError: division by zero"),
+        (
+            "from symphony_vlm.moe.router import register_router\nregister_router('smoe')\n",
+            "is a router of this package",
+        ),
+    ],
+)
+def test_a_plugin_that_cannot_be_imported_is_one_message(
+    content: str | None,
+    expected: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = tmp_path / "broken_plugin.py"
+    if content is not None:
+        file.write_text(content)
+    monkeypatch.setenv("SYMPHONY_VLM_PLUGINS", str(file))
+    code, _, said = _call(capsys, "config", "list")
+    assert code == 2 and len(said) == 1
+    assert said[0].startswith("error: SYMPHONY_VLM_PLUGINS: ") and expected in said[0] and str(file) in said[0]
+    assert "broken_plugin" not in sys.modules
+
+
 # Help.
 
 

@@ -8,6 +8,7 @@ import sys
 import typer
 
 from symphony_vlm.cli.application import app
+from symphony_vlm.cli.plugins import import_plugins
 from symphony_vlm.errors import InputError, Stopped
 
 __all__ = ["main"]
@@ -28,6 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _quiet_libraries()
     try:
+        import_plugins()
         code = app(arguments, standalone_mode=False, prog_name="symphony-vlm")
         if code == STOPPED:  # newer typer returns the code, older ones raise
             raise KeyboardInterrupt

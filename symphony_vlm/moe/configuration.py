@@ -99,7 +99,7 @@ class MoEConfig:
     """Standard deviation of the noise added to each expert's copy, relative to the dense weights' own."""
 
     experts_implementation: Literal["auto", "segments", "grouped_mm", "batched_mm", "deepgemm", "sonicmoe"] = "auto"
-    """How experts are computed, see `experts.Experts`. ``auto``: ``grouped_mm`` on CUDA, else ``segments``."""
+    """How experts are computed; ``auto`` chooses by device and shape, see `experts.Experts`."""
 
     balance_loss_weight: float = 0.01
     z_loss_weight: float = 0.001
@@ -110,7 +110,7 @@ class MoEConfig:
                 f"{self.router!r} is not a router preset{nearest(self.router, PRESETS)}",
                 where="moe.router",
                 remedy=f"Use one of {', '.join(PRESETS)}; a router of your own is there once the module that registers "
-                "it has been imported.",
+                "it has been imported (for commands: SYMPHONY_VLM_PLUGINS=FILE.py).",
             )
         defaults = {**PARTS, **PRESETS[self.router]}
         for name, value in defaults.items():

@@ -217,10 +217,13 @@ def test_data_for_a_benchmark_without_data_is_refused(measure: types.ModuleType)
 
 
 def test_packing_trains_on_the_same_tokens_in_fewer_places(run: Callable[[str], tuple[str, dict[str, Any]]]) -> None:
-    (case,) = run("packing")[1]["cases"]
-    assert list(case["timings"]) == ["padded", "grouped by length", "packed"]
-    settings = case["settings"]
-    assert settings["tokens"] <= settings["places packed"] < settings["places padded"]
+    trained, frozen = run("packing")[1]["cases"]
+    for case in (trained, frozen):
+        assert list(case["timings"]) == ["padded", "grouped by length", "packed"]
+        settings = case["settings"]
+        assert settings["tokens"] <= settings["places packed"] < settings["places padded"]
+    same = {"vision tower": "frozen, cached"}
+    assert trained["settings"] | same == frozen["settings"] and trained["settings"]["vision tower"] == "trained"
 
 
 def test_the_corruptions_benchmark_has_all_of_them_and_names_the_slowest(
