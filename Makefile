@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart install test test-slow test-browser lint docs dist clean
+.PHONY: quickstart install test test-slow test-browser coverage lint docs dist clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/symphony-vlm quickstart --output runs/quickstart
@@ -20,6 +20,11 @@ test-slow: $(VENV)/.installed-test
 test-browser: $(VENV)/.installed-test
 	mkdir -p build
 	$(BIN)/pytest -m browser --basetemp=build/browser
+
+# Which lines the tests run, those of commands that they start too.
+coverage: $(VENV)/.installed-test
+	$(BIN)/python -m pip install -e '.[coverage]' -c constraints.txt
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow and not browser" --cov --cov-report=term --cov-report=html:build/coverage
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
