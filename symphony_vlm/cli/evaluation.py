@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from symphony_vlm.cli.application import Json, app, console, finish, names
+from symphony_vlm.cli.memory import keep_freed_memory
 from symphony_vlm.errors import InputError
 
 if TYPE_CHECKING:
@@ -119,6 +120,7 @@ def evaluate(
         check_batch=check_batch,
         routing=routing,
     )
+    keep_freed_memory()
     if len(model) > 1:
         _evaluate_several(plan, model, output, json_)
         return

@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from symphony_vlm.cli.application import Json, app, console, finish, names
+from symphony_vlm.cli.memory import keep_freed_memory
 from symphony_vlm.errors import InputError
 from symphony_vlm.text import nearest
 
@@ -77,6 +78,7 @@ def perplexity(
         clusters=interval_by,  # type: ignore[arg-type]
         seed=seed,
     )
+    keep_freed_memory()
     summary = evaluate_perplexity(plan, output, against=against, console=console())
     found = summary.to_dict()
     if not json_:

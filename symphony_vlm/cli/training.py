@@ -10,6 +10,7 @@ from typing import Annotated, Optional
 import typer
 
 from symphony_vlm.cli.application import Json, Overrides, app, console, finish, names
+from symphony_vlm.cli.memory import keep_freed_memory
 
 __all__: list[str] = []
 
@@ -40,6 +41,7 @@ def quickstart(
     recipe = load_recipe("quickstart", [f"seed={seed}", *(overrides or [])])
     from symphony_vlm.quickstart import quickstart as run
 
+    keep_freed_memory()
     summary = run(recipe, output, routers, console=console())
     lines = [
         f"{name}: accuracy {values['scenes/none/0']:.3f} on clean pictures, "
@@ -71,6 +73,7 @@ def train(
     recipe = load_recipe(config, overrides or [])
     from symphony_vlm.training.run import train as run
 
+    keep_freed_memory()
     folder = output or Path("runs") / recipe.name
     result = run(recipe, folder, console=console(), local_rank=local_rank, profile_steps=profile)
     if os.environ.get("RANK", "0") == "0":
