@@ -27,6 +27,8 @@ def main(arguments: list[str] | None = None) -> None:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # torch's tensors on a CPU in pages of 2 MiB, where the system has them: it reads this before the first tensor.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     _quiet_libraries()
     try:
         import_plugins()
