@@ -2,6 +2,8 @@
 
 Example: python -m benchmarks.run router --json router.json
 
+Memory is treated as the commands of ``symphony-vlm`` treat it, for all contenders alike.
+
 A benchmark is a file here with a function ``cases(*, tiny, device)`` that yields `measure.Case`. One on data also takes
 ``data`` and ``image_folder``. Its function ``summary(results)``, if it has one, says what stands under the table.
 """
@@ -19,6 +21,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.measure import Case, Plan, Result, measure
+from symphony_vlm.cli.memory import keep_freed_memory
 from symphony_vlm.files import write_json
 from symphony_vlm.training.provenance import provenance
 
@@ -33,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point."""
     options = _parse(arguments)
     torch.set_num_threads(options.threads)
+    keep_freed_memory()
     device = torch.device(options.device)
     plan = _plan(options)
     results: Results = []
