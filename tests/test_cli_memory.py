@@ -9,9 +9,10 @@ import sys
 import pytest
 
 PROGRAM = """
-import resource, sys, torch
+import ctypes, resource, sys, torch
 from symphony_vlm.cli.memory import keep_freed_memory
 
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: some systems give large pages unasked
 if sys.argv[1] == "keep":
     keep_freed_memory()
 
