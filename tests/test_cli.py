@@ -59,8 +59,8 @@ def _call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str
 ROUTER = "docs/examples/soft_cap_router.py"
 
 
-def test_every_command_knows_what_a_plugin_registers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the file's path or the module's name, and in the processes that a command starts."""
+def test_every_command_knows_what_a_plugin_registers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the file's path or the module's name."""
     settings = ("config", "show", "tiny", "model.moe.router=soft_cap")
     unknown = _run(*settings)
     assert unknown.returncode == 2 and "SYMPHONY_VLM_PLUGINS=FILE.py" in unknown.stderr
