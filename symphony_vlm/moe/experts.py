@@ -19,7 +19,6 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from symphony_vlm.errors import InputError
-from symphony_vlm.moe.gradient_memory import GradientMemory
 from symphony_vlm.moe.segments import ExpertParameters, compute_segments
 from symphony_vlm.moe.token_exchange import ExpertShard
 
@@ -94,7 +93,6 @@ class Experts(nn.Module):
             self.register_parameter(f"{up}_bias", nn.Parameter(torch.empty(num_experts, up_size)))
             self.down_proj_bias = nn.Parameter(torch.empty(num_experts, output_size))
         self.act_fn = ACT2FN[hidden_act] if isinstance(hidden_act, str) else hidden_act
-        self._gradient_memory = GradientMemory()
         # `sonicmoe` asks for the activation's name; one that it does not know it refuses.
         self.config = SimpleNamespace(hidden_act="silu" if "SiLU" in type(self.act_fn).__name__ else repr(self.act_fn))
 
@@ -158,10 +156,8 @@ class Experts(nn.Module):
         parts += [self.up_bias, self.down_proj_bias] if self.has_bias else []
         if torch.is_autocast_enabled(x_TD.device.type):
             parts = [part.to(x_TD.dtype) for part in parts]
-        parameters = ExpertParameters(*parts, *[None] * (4 - len(parts)))
-        output_TO: Tensor = compute_segments(
-            x_TD, weights_TK, indices_TK, parameters, self.act_fn, gated=self.has_gate, memory=self._gradient_memory
-        )
+        activate = self._apply_gate if self.has_gate else self.act_fn
+        output_TO: Tensor = compute_segments(x_TD, weights_TK, indices_TK, ExpertParameters(*parts), activate)
         return output_TO
 
     def _apply_gate(self, hidden: Tensor) -> Tensor:

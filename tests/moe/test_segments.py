@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +15,6 @@ from torch.utils.checkpoint import checkpoint
 from symphony_vlm.moe import experts as experts_module
 from symphony_vlm.moe.configuration import MoEConfig
 from symphony_vlm.moe.experts import Experts
-from symphony_vlm.moe.gradient_memory import GradientMemory
 from symphony_vlm.moe.layer import SparseMoE
 from symphony_vlm.moe.segments import ExpertParameters, compute_segments
 from symphony_vlm.moe.token_exchange import combine
@@ -30,25 +27,16 @@ def by_autograd(
     weights_TK: Tensor,
     indices_TK: Tensor,
     parameters: ExpertParameters,
-    act_fn: nn.Module,
-    *,
-    gated: bool,
-    memory: GradientMemory,
+    activate: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """The same in operations that autograd differentiates, as this package computed it before."""
+    """The same in operations that autograd differentiates."""
     order_N = torch.argsort(indices_TK.flatten(), stable=True)
-    counts_E = torch.bincount(indices_TK.flatten(), minlength=len(parameters.down))
-    blocks = x_TD[order_N // indices_TK.shape[1]].split(counts_E.tolist())
+    counts_E = torch.bincount(indices_TK.flatten(), minlength=len(parameters.down_EOF))
+    blocks = x_TD.index_select(0, order_N // indices_TK.shape[1]).split(counts_E.tolist())
     parts = [[None] * len(blocks) if part is None else part.unbind(0) for part in parameters]
     results = []
     for block, up, down, up_bias, down_bias in zip(blocks, *parts, strict=True):
-        hidden = F.linear(block, up, up_bias)
-        if gated:
-            gate, factor = hidden.chunk(2, dim=-1)
-            hidden = act_fn(gate) * factor
-        else:
-            hidden = act_fn(hidden)
-        results.append(F.linear(hidden, down, down_bias))
+        results.append(F.linear(activate(F.linear(block, up, up_bias)), down, down_bias))
     return combine(torch.cat(results), weights_TK, order_N, x_TD.dtype)
 
 
@@ -152,12 +140,12 @@ def test_the_written_gradients_are_those_of_finite_differences(form: dict[str, A
 
 
 class Products(TorchDispatchMode):
-    """Counts matrix products."""
+    """Counts matrix products that have terms."""
 
     count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func.name() in ("aten::mm", "aten::mm.out")
+        self.count += func.name() in ("aten::mm", "aten::mm.out") and 0 not in (*args[0].shape, *args[1].shape)
         return func(*args, **(kwargs or {}))
 
 
@@ -247,54 +235,3 @@ def test_a_second_derivative_is_refused() -> None:
     (gradient,) = torch.autograd.grad(y_TO.square().sum(), x_TD, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
-
-
-# Memory of large gradients.
-
-LARGE = torch.empty(5 * 2**20)
-"""20 MB in 32 bits, 40 in 64."""
-
-
-def test_memory_is_given_again_only_when_nobody_holds_it() -> None:
-    memory, large = GradientMemory(), LARGE.double()
-    first = memory.empty_like(0, large)
-    assert first.shape == large.shape and first.dtype == large.dtype and first.data_ptr() % 64 == 0
-    place = first.data_ptr()
-    kept = [first[3:].view(torch.int64), first.numpy()[4:]]
-    first.fill_(1.0)
-    del first
-    while kept:
-        second = memory.empty_like(0, large)
-        assert second.data_ptr() != place, "a view is held"
-        place = second.data_ptr()
-        kept = [second.detach()] if len(kept) == 2 else []
-        del second
-    assert memory.empty_like(0, large).data_ptr() == place
-    assert memory.empty_like(1, large).data_ptr() != place, "of another gradient"
-
-
-def test_small_gradients_are_torchs_own() -> None:
-    memory = GradientMemory()
-    assert memory.empty_like(0, LARGE).untyped_storage().resizable()
-    assert not memory.empty_like(0, LARGE.double()).untyped_storage().resizable()
-
-
-def test_a_parameters_gradient_stays_in_that_memory_and_accumulates() -> None:
-    torch.manual_seed(0)
-    experts = Experts(2, 2048, 1056, "silu", implementation="segments")  # 34.6 MB of first weights
-    experts.reset(0.02)
-    x_TD, weights_TK = torch.randn(3, 2048), torch.rand(3, 1)
-    indices_TK = torch.tensor([[0], [1], [0]])
-    places = []
-    for _ in range(2):
-        experts(x_TD, weights_TK, indices_TK).sum().backward()
-        assert experts.gate_up_proj.grad is not None
-        places.append(experts.gate_up_proj.grad.data_ptr())
-        once = experts.gate_up_proj.grad.clone()
-        experts(x_TD, weights_TK, indices_TK).sum().backward()
-        assert torch.equal(experts.gate_up_proj.grad, 2 * once) and once.abs().max() > 0
-        experts.zero_grad()
-    # The second of each two has its own; the next first one may then have either.
-    other = copy.deepcopy(experts)
-    assert pickle.loads(pickle.dumps(experts._gradient_memory))._blocks == {}
-    assert other._gradient_memory._blocks == {} and len(experts._gradient_memory._blocks) == 1
