@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import mean
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["write_figures"]
+__all__ = ["mean_over_logs", "write_figures"]
 
 _DOTS_PER_INCH = 120
 _COLUMNS = 4
@@ -118,13 +118,20 @@ def _draw_routing(logs: Mapping[str, list[list[dict[str, Any]]]], path: Path) ->
     with _panels(path, len(logs), title, share_y=True) as panels:
         for (arm, found), axes in zip(logs.items(), panels, strict=True):
             for color, line, value in ((SERIES[0], "-", _load_cv), (SERIES[1], (0, (4, 2)), _relative_entropy)):
-                steps = sorted({entry["step"] for log in found for entry in log})
-                by_step = {step: [value(e) for log in found for e in log if e["step"] == step] for step in steps}
-                axes.plot(steps, [mean(by_step[step]) for step in steps], color=color, linestyle=line)
+                axes.plot(*mean_over_logs(found, value), color=color, linestyle=line)
             axes.set_title(arm, fontsize=8)
             axes.set_xlabel("step", fontsize=8)
             axes.set_ylim(bottom=0)
             axes.grid(axis="y")
+
+
+def mean_over_logs(
+    logs: Sequence[Sequence[Mapping[str, Any]]], value: Callable[[Mapping[str, Any]], float]
+) -> tuple[list[int], list[float]]:
+    """Steps and means at those that all logs have: a run that was interrupted has one more, where it stopped."""
+    by_log = [{entry["step"]: value(entry) for entry in log} for log in logs]
+    steps = sorted(set.intersection(*map(set, by_log)))
+    return steps, [mean(found[step] for found in by_log) for step in steps]
 
 
 def _load_cv(entry: Mapping[str, Any]) -> float:

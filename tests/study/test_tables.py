@@ -20,6 +20,7 @@ from fake_cells import (
 
 from symphony_vlm.errors import InputError
 from symphony_vlm.study.configuration import Study
+from symphony_vlm.study.figures import mean_over_logs
 from symphony_vlm.study.language import LanguageSetting
 from symphony_vlm.study.pictures import PictureSetting
 from symphony_vlm.study.results import write_results
@@ -81,6 +82,12 @@ def test_graphs_facts() -> None:
     one[0, 1] = 0.4
     assert off_diagonal_mass(one) == pytest.approx(0.1) and concentration(one) == pytest.approx(1)
     assert off_diagonal_mass(np.eye(4)) == concentration(np.eye(4)) == concentration(np.eye(1)) == 0
+
+
+def test_a_step_that_one_seed_alone_recorded_bends_no_curve() -> None:
+    logs = [[{"step": 10, "x": 1.0}, {"step": 20, "x": 2.0}], [{"step": 10, "x": 3.0}, {"step": 17, "x": 9.0}]]
+    logs[1].append({"step": 20, "x": 6.0})
+    assert mean_over_logs(logs, lambda entry: entry["x"]) == ([10, 20], [2.0, 4.0])
 
 
 def test_facts_of_routing_are_those_of_the_last_record(tmp_path: Path) -> None:
