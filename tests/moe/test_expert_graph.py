@@ -24,6 +24,7 @@ from symphony_vlm.moe.expert_graph import (
     set_expert_graph_,
     update_expert_graphs,
 )
+from symphony_vlm.moe.layer import SparseMoE
 
 NUM_EXPERTS = 5
 NUM_TOKENS = 40
@@ -187,6 +188,26 @@ def test_more_layers_of_one_kind_do_not_take_more_steps_to_move() -> None:
 
     taking = 2  # ``cat``, and the token count as a float; views start nothing
     assert num_operations(9) - num_operations(3) <= 6 * taking
+
+
+def test_a_graph_adds_one_operation_to_a_layer_each_way() -> None:
+    """The product of gates and graph; what is counted is there anyway, for the balance loss."""
+
+    def num_operations(router: str) -> tuple[int, int]:
+        layer = SparseMoE(
+            config_of(router=router), hidden_size=16, intermediate_size=16, hidden_act="silu", layer_index=0
+        )
+        layer.reset(std=0.2)
+        x_BSD = torch.randn(2, NUM_TOKENS, 16)
+        layer(x_BSD).sum().backward()  # gradients exist from here on, in both
+        with _Operations() as forward:
+            y_BSD = layer(x_BSD)
+        with _Operations() as backward:
+            y_BSD.sum().backward()
+        return forward.number, backward.number
+
+    forward, backward = num_operations("smoe")
+    assert num_operations("symphony_smoe") == (forward + 1, backward + 1)
 
 
 class _Operations(TorchDispatchMode):
