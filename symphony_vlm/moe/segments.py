@@ -58,8 +58,8 @@ def compute_segments(
     counts_E = torch.bincount(flat_N, minlength=len(parameters.down_EOF)).tolist()
     with torch.autocast(x_TD.device.type, enabled=False):
         x_ND = x_TD.index_select(0, order_N // indices_TK.shape[1])
-        hidden_NH = _linear(x_ND, parameters.up_EHD, parameters.up_bias_EH, counts_E)
-        results_NO = _linear(activate(hidden_NH), parameters.down_EOF, parameters.down_bias_EO, counts_E)
+        hidden_NF = activate(_linear(x_ND, parameters.up_EHD, parameters.up_bias_EH, counts_E))
+        results_NO = _linear(hidden_NF, parameters.down_EOF, parameters.down_bias_EO, counts_E)
         return combine(results_NO, weights_TK, order_N, x_TD.dtype)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -177,6 +178,26 @@ def test_what_is_frozen_costs_nothing(trained: str, products: int) -> None:
     assert counter.count == products * 5, "an expert without tokens has none"
     for (name, tensor), expected in zip(tensors.items(), whole[1:], strict=True):
         assert torch.equal(tensor.grad, expected) if name in trained.split() else tensor.grad is None
+
+
+@pytest.mark.parametrize(("frozen", "width"), [("gate_up_proj", WIDTH), ("down_proj", INNER)])
+def test_the_input_of_frozen_weights_is_not_kept(frozen: str, width: int) -> None:
+    experts, (x_TD, weights_TK, indices_TK) = make_experts(), inputs()
+
+    def kept() -> Counter[tuple[int, ...]]:
+        found: Counter[tuple[int, ...]] = Counter()
+
+        def keep(saved: Tensor) -> Tensor:
+            found[tuple(saved.shape)] += 1
+            return saved
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
+            experts(x_TD, weights_TK, indices_TK)
+        return found
+
+    everything = kept()
+    experts.get_parameter(frozen).requires_grad_(False)
+    assert everything - kept() == Counter([(indices_TK.numel(), width)])
 
 
 @pytest.mark.parametrize("use", ["checkpointing", "accumulation", "autocast"])
