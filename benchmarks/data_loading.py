@@ -27,7 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from benchmarks.measure import Case, Work
+from benchmarks.measure import Case, Plan, Work
 from symphony_vlm.data.collator import ConversationCollator, ConversationDataset
 from symphony_vlm.data.conversation import IGNORE_INDEX
 from symphony_vlm.data.datasets import open_samples
@@ -42,7 +42,9 @@ from symphony_vlm.model.processor import SymphonyVLMProcessor
 from symphony_vlm.model.vision import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from symphony_vlm.training.features import CachedFeatures
 
-__all__ = ["cases"]
+__all__ = ["PLAN", "cases"]
+
+PLAN = Plan(rounds=1, alternations=3, seconds=0.0)
 
 BATCH, SIZE, PATCHES, CHANNELS = 16, 336, 576, 1024
 TEMPLATE = get_template("compact")

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.measure import Case
+from benchmarks.measure import Case, Plan
 from benchmarks.second_turn import picture_model
 from symphony_vlm.config.loading import load_recipe
 from symphony_vlm.data.datasets import open_samples
@@ -35,7 +35,9 @@ from symphony_vlm.evaluation.task import get_task
 from symphony_vlm.moe.configuration import MoEConfig
 from symphony_vlm.training.parts import assemble, open_tokenizer
 
-__all__ = ["answers_as_numbers", "cases", "random_model"]
+__all__ = ["PLAN", "answers_as_numbers", "cases", "random_model"]
+
+PLAN = Plan(rounds=1, alternations=5, seconds=0.0)
 
 
 def cases(*, tiny: bool, device: torch.device) -> Iterator[Case]:

@@ -23,13 +23,15 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig, PreTrainedConfig, StaticCache
 
-from benchmarks.measure import Case, Result, Work
+from benchmarks.measure import Case, Plan, Result, Work
 from symphony_vlm.model.configuration import SymphonyVLMConfig
 from symphony_vlm.model.vision import VisionConfig
 from symphony_vlm.model.vlm import SymphonyVLMForConditionalGeneration
 from symphony_vlm.moe.configuration import MoEConfig
 
-__all__ = ["cases", "summary"]
+__all__ = ["PLAN", "cases", "summary"]
+
+PLAN = Plan(rounds=1, alternations=5, seconds=0.0)
 
 DENSE, GROWING, STATIC = "dense, growing cache", "experts, growing cache", "experts, static cache"
 DENSE_STATIC = "dense, static cache"

@@ -34,7 +34,7 @@ from symphony_vlm.moe.experts import Experts
 
 __all__ = ["PLAN", "cases", "summary"]
 
-PLAN = Plan(rounds=5, alternations=2, seconds=0.01)
+PLAN = Plan(rounds=1, alternations=5, seconds=0.01)
 
 Function = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Tokens, weights and indices to the layer's output."""

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Case
+from benchmarks.measure import Case, Plan
 from symphony_vlm.config.loading import load_recipe
 from symphony_vlm.config.recipe import Recipe
 from symphony_vlm.data.collator import ConversationCollator, ConversationDataset
@@ -40,8 +40,10 @@ from symphony_vlm.training.parts import assemble, open_tokenizer
 from symphony_vlm.training.trainer import freeze_except, parameter_groups
 
 __all__ = [
-    "Batch", "Setup", "cases", "collate", "frozen_tower", "num_supervised", "set_up", "trains", "with_features",
+    "PLAN", "Batch", "Setup", "cases", "collate", "frozen_tower", "num_supervised", "set_up", "trains", "with_features",
 ]  # fmt: skip
+
+PLAN = Plan(rounds=1, alternations=3, seconds=0.0)
 
 Batch = dict[str, Tensor]
 

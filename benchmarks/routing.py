@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.evaluate import answers_as_numbers, random_model
-from benchmarks.measure import Case
+from benchmarks.measure import Case, Plan
 from symphony_vlm.data.scenes import generate_scenes
 from symphony_vlm.evaluation.cell import run_cell
 from symphony_vlm.evaluation.cells import Cell
@@ -25,7 +25,9 @@ from symphony_vlm.evaluation.opening import OpenedModel
 from symphony_vlm.evaluation.routing.run import RoutingRun
 from symphony_vlm.evaluation.task import get_task
 
-__all__ = ["cases"]
+__all__ = ["PLAN", "cases"]
+
+PLAN = Plan(rounds=1, alternations=5, seconds=0.0)
 
 BATCH_SIZE = 64
 

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoConfig
 
-from benchmarks.measure import Case, Work
+from benchmarks.measure import Case, Plan, Work
 from symphony_vlm.data.templates import get_template
 from symphony_vlm.data.tokenizer import train_tokenizer
 from symphony_vlm.model.configuration import SymphonyVLMConfig
@@ -26,7 +26,9 @@ from symphony_vlm.model.vlm import SymphonyVLMForConditionalGeneration
 from symphony_vlm.moe.configuration import MoEConfig
 from symphony_vlm.serving.chat import ChatSession
 
-__all__ = ["cases", "picture_model"]
+__all__ = ["PLAN", "cases", "picture_model"]
+
+PLAN = Plan(rounds=3, alternations=4, seconds=0.005)
 
 _QUESTIONS = ("How many shapes are there?", "What is left of the circle?")
 """Asked in turn, so that the second turn before has left no more than the first turn did."""

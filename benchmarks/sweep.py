@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.evaluate import answers_as_numbers, random_model
-from benchmarks.measure import Case
+from benchmarks.measure import Case, Plan
 from symphony_vlm.corruptions import ALL
 from symphony_vlm.data.scenes import generate_scenes
 from symphony_vlm.evaluation.cell import Respondent, run_cell_together
@@ -30,7 +30,9 @@ from symphony_vlm.evaluation.predictor import Predictor
 from symphony_vlm.evaluation.sharing import SharedEncoder
 from symphony_vlm.evaluation.task import get_task
 
-__all__ = ["cases"]
+__all__ = ["PLAN", "cases"]
+
+PLAN = Plan(rounds=1, alternations=3, seconds=0.0)
 
 BATCH_SIZE = 64
 

@@ -33,7 +33,7 @@ from symphony_vlm.moe.recording import sparse_layers
 
 __all__ = ["PLAN", "cases"]
 
-PLAN = Plan(rounds=5, alternations=1, seconds=0.005)
+PLAN = Plan(rounds=7, alternations=1, seconds=0.005)
 PER_STEP = 16
 
 
