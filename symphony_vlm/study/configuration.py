@@ -39,6 +39,8 @@ class Arm(Schema):
     """``a.b=c`` assignments to the recipe."""
     baseline: Name | None = None
     """Another arm; None: it is compared with none."""
+    controls: list[Name] = Field(default_factory=list)
+    """Negative controls that it is compared with too, in a table of its own: does it matter whom the graph connects?"""
     control: bool = False
     """Whether it is a negative control: nothing is claimed of it, and a gain that it shares is no merit of the graph's
     counts."""
@@ -177,6 +179,13 @@ class Study(Schema):
                 raise ValueError(
                     f"arm {name!r}: baseline {arm.baseline!r} is no other arm{nearest(arm.baseline, known)}"
                 )
+            known = [other for other, found in self.arms.items() if found.control and other != name]
+            for control in arm.controls:
+                if control not in known:
+                    raise ValueError(
+                        f"arm {name!r}: controls: {control!r} is no other arm with 'control: true'"
+                        f"{nearest(control, known)}"
+                    )
         return self
 
     @model_validator(mode="after")

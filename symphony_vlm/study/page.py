@@ -32,9 +32,13 @@ def page_text(setting: Setting, document: dict[str, Any], figures: Sequence[str]
     parts = dict.fromkeys((row["part"], row["data"]) for row in document["arms"])
     for part, data in parts:
         arms = [row for row in document["arms"] if (row["part"], row["data"]) == (part, data)]
-        compared = [row for row in document["comparisons"] if (row["part"], row["data"]) == (part, data)]
+        compared, with_controls = (
+            [row for row in document[table] if (row["part"], row["data"]) == (part, data)]
+            for table in ("comparisons", "against_controls")
+        )
         lines += [f"## {data}, {part} data", "", *_arm_table(setting, arms), ""]
-        lines += _comparison_table(setting.unit, compared)
+        lines += _comparison_table(setting.unit, compared, "the baseline")
+        lines += _comparison_table(setting.unit, with_controls, "negative controls")
         controls = {row["arm"] for row in arms if row["control"]}
         drift = [row for row in document["drift"] if (row["part"], row["data"]) == (part, data)]
         lines += _drift_table(drift, controls)
@@ -96,12 +100,12 @@ def _arm_table(setting: Setting, rows: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _comparison_table(unit: Unit, rows: Sequence[dict[str, Any]]) -> list[str]:
+def _comparison_table(unit: Unit, rows: Sequence[dict[str, Any]], against: str) -> list[str]:
     if not rows:
         return []
     better, what = ("above", "Points of accuracy") if unit.higher_is_better else ("below", "Nats per word")
     lines = [
-        f"{what} against the baseline, paired by seed and {unit.cluster}; {better} 0 the arm is better, or loses less",
+        f"{what} against {against}, paired by seed and {unit.cluster}; {better} 0 the arm is better, or loses less",
         "(change by ...). p (seeds): paired t-test over seeds, beside it with Holm's correction over this table; p",
         f"(data): sign flips of {unit.cluster}, for these trained models alone.",
         "",

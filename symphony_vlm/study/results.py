@@ -15,7 +15,7 @@ from symphony_vlm.study.page import page_text
 from symphony_vlm.study.scores import ArmScores
 from symphony_vlm.study.selection import Chosen
 from symphony_vlm.study.setting import Part, Setting
-from symphony_vlm.study.tables import arm_rows, comparison_rows, pairs_of_arms, pairs_of_choices
+from symphony_vlm.study.tables import arm_rows, comparison_rows, pairs_of_arms, pairs_of_choices, pairs_of_controls
 
 __all__ = ["write_results"]
 
@@ -51,12 +51,14 @@ def write_results(
         raise InputError("no cell is finished", where=str(output), remedy="Run the study.")
     arms: list[dict[str, Any]] = []
     comparisons: list[dict[str, Any]] = []
+    against_controls: list[dict[str, Any]] = []
     drift: list[dict[str, Any]] = []
     for part, found in scores.items():
         arms += arm_rows(setting, part, found)
         # What was chosen is tested by the names of the choices; an arm may be the best of several.
         tested = pairs_of_choices(chosen) if chosen and part == "test" else pairs_of_arms(setting)
         comparisons += comparison_rows(setting, part, tested, found)
+        against_controls += comparison_rows(setting, part, pairs_of_controls(setting), found)
         baselines = {name: arm.baseline for name, arm in setting.study.arms.items()}
         for data, of_data in found.items():
             drift += [{"part": part, "data": data, **row} for row in drift_rows(of_data, baselines)]
@@ -69,6 +71,7 @@ def write_results(
         "choices": [asdict(choice) for choice in chosen],
         "arms": arms,
         "comparisons": comparisons,
+        "against_controls": against_controls,
         "drift": drift,
         "provenance": provenance,
     }

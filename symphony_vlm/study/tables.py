@@ -15,7 +15,9 @@ from symphony_vlm.study.selection import Chosen
 from symphony_vlm.study.setting import Part, Setting
 from symphony_vlm.study.statistics import Comparison, compare_arms, mean_over_seeds, ratio_over_seeds
 
-__all__ = ["Pair", "arm_rows", "comparison_rows", "pairs_of_arms", "pairs_of_choices", "scores_of"]
+__all__ = [
+    "Pair", "arm_rows", "comparison_rows", "pairs_of_arms", "pairs_of_choices", "pairs_of_controls", "scores_of",
+]  # fmt: skip
 
 Scores = Mapping[str, Mapping[str, ArmScores]]
 """By data set and arm."""
@@ -50,6 +52,15 @@ def pairs_of_arms(setting: Setting) -> list[Pair]:
         Pair(arm=name, baseline=arm.baseline, name=name, baseline_name=arm.baseline)
         for name, arm in setting.study.arms.items()
         if arm.baseline is not None
+    ]
+
+
+def pairs_of_controls(setting: Setting) -> list[Pair]:
+    """Every arm against the negative controls that it names."""
+    return [
+        Pair(arm=name, baseline=control, name=name, baseline_name=control)
+        for name, arm in setting.study.arms.items()
+        for control in arm.controls
     ]
 
 

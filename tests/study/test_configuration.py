@@ -105,6 +105,7 @@ def test_the_table_of_all_arms_can_take_over_the_cells_of_the_presets() -> None:
         ("seedz=[1]", "did you mean 'seeds'"),
         ("seeds=[1,1]", "seeds must differ"),
         ("arms.symphony_smoe.baseline=smo", "did you mean 'smoe'"),
+        ("arms.symphony_smoe.controls=[smoe]", "controls: 'smoe' is no other arm with 'control: true'"),
         ("perplexity.rates=[2]", "less than or equal to 1"),
         ("texts.wikitext2.path=null", "texts.wikitext2.path: the text has no path"),
         ("perplexity=null", "a study has 'texts' and 'perplexity', or 'pictures' and 'evaluation'"),

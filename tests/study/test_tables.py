@@ -252,6 +252,24 @@ def test_controls_are_marked(tmp_path: Path) -> None:
     assert "| shuffled (control) | 1 |" in page and "| shuffled (control) | smoe | clean |" in page
 
 
+def test_an_arm_is_compared_with_controls_in_a_table_of_its_own(tmp_path: Path) -> None:
+    """With a correction of its own: the table against baselines stays what it was."""
+    shuffled = {"settings": [], "baseline": "smoe", "control": True}
+    symphony = {"settings": [], "baseline": "smoe", "controls": ["shuffled"]}
+    arms = {"smoe": [], "shuffled": shuffled, "symphony": symphony}
+    by_seed = {"smoe": (5.0, 5.2), "shuffled": (5.1, 5.2), "symphony": (4.9, 5.05)}
+    nats = {(arm, seed): value for arm, values in by_seed.items() for seed, value in enumerate(values)}
+    document, page = results(finish_language(small_study(arms=arms), tmp_path, nats), tmp_path)
+    found = {row["condition"]: row for row in document["against_controls"]}
+    assert {(row["arm"], row["baseline"]) for row in found.values()} == {("symphony", "shuffled")}
+    assert found["clean"]["difference"]["value"] == pytest.approx(-0.175)
+    assert "Nats per word against negative controls" in page and "| symphony | shuffled | clean | -0.1750 [" in page
+    symphony["controls"] = []
+    alone, page = results(finish_language(small_study(arms=arms), tmp_path / "b", nats), tmp_path / "b")
+    assert alone["comparisons"] == document["comparisons"] and alone["against_controls"] == []
+    assert "negative controls, paired" not in page
+
+
 # Choices.
 
 
