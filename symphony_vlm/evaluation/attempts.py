@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -10,6 +11,8 @@ from typing import TypeVar
 import torch
 
 __all__ = ["Failure", "attempt"]
+
+_log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -35,6 +38,9 @@ def attempt(
     too_large: Callable[[int], None] = lambda size: None,
 ) -> list[R | Failure]:
     """``work(things)``; where it raises, the halves apart, down to the single things that fail.
+
+    That smaller batches succeed where a larger one failed with another error than of memory is no thing's fault, and
+    would only show as slowness: it is logged.
 
     Args:
         work: A result for each thing.
@@ -63,4 +69,10 @@ def attempt(
     if len(things) == 1:
         return [failure]
     middle = len(things) // 2
-    return attempt(work, things[:middle], too_large) + attempt(work, things[middle:], too_large)
+    halves = attempt(work, things[:middle], too_large) + attempt(work, things[middle:], too_large)
+    if not failure.out_of_memory and not any(isinstance(result, Failure) for result in halves):
+        _log.warning(
+            "a batch of %d failed, and its halves did not: the answers are complete, but slow (%s: %s)",
+            len(things), failure.type, failure.message,
+        )  # fmt: skip
+    return halves

@@ -67,6 +67,9 @@ def export(model: PreTrainedModel, output: str | Path, format: str = "transforme
     config, weights = _stock(model)
     stock = _build(config, weights)
     stock.generation_config = _generation_config(model)
+    # Training may have left them without, and each new token would read the whole prompt again.
+    for settings in (stock.config, stock.config.get_text_config(), stock.generation_config):
+        settings.use_cache = True
 
     temporary = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)

@@ -74,6 +74,8 @@ class SymphonyPreTrainedModel(PreTrainedModel):
         """The language model's output with the training loss, if there are labels."""
         if labels is None:
             return SymphonyOutput(**_known(self.language_model(**inputs)))
+        if inputs.get("past_key_values") is None and inputs.get("use_cache") is None:
+            inputs["use_cache"] = False  # nothing comes after a loss
         targets_BS = targets_of(labels, ignore_index)
         supervised_BS = targets_BS != ignore_index
         if self.training and needs_chunks(self.language_model, supervised_BS):

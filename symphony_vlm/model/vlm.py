@@ -296,7 +296,13 @@ class SymphonyVLMForConditionalGeneration(SymphonyPreTrainedModel, GenerationMix
         return self
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, but the image placeholder is never an answer: the next step would want an image there."""
+        """As in transformers, but the image placeholder is never an answer: the next step would want an image there.
+
+        Keys and values are kept unless the call says otherwise: transformers' Trainer leaves ``use_cache: false`` in
+        the settings of whatever it trains, and each token would then read the whole prompt again.
+        """
+        if kwargs.get("use_cache") is None:
+            kwargs["use_cache"] = True
         if kwargs.get("vision_features") is not None:
             sizes = kwargs.pop("image_sizes", None)
             kwargs["image_features"] = self.project_image_features(kwargs.pop("vision_features"), sizes)

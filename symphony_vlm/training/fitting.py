@@ -256,6 +256,7 @@ def fit(trainer: StageTrainer, stage: StageConfig, context: RunContext) -> None:
     number = trainer.stop.number(trainer.args.device)
     if number:
         raise _stopped(stage.name, number, trainer, context, seconds)
+    trainer.give_back_cache()
     if trainer.average is not None:
         trainer.average.apply_(trainer.model)
     # Whoever saves the result finds all of it.

@@ -31,6 +31,21 @@ def test_results_are_those_of_single_things_and_failures_stay_where_they_are(num
     assert attempt(doubled, numbers) == expected
 
 
+def test_a_batch_that_fails_by_itself_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    """No single thing is at fault, every answer is there, and without a word it would only be slow."""
+
+    def only_few(things: Sequence[int]) -> list[int]:
+        if len(things) > 2:
+            raise ValueError("too many for me")
+        return list(things)
+
+    assert attempt(only_few, [1, 2, 3, 4]) == [1, 2, 3, 4]
+    assert "a batch of 4 failed, and its halves did not" in caplog.text and "too many for me" in caplog.text
+    caplog.clear()
+    attempt(doubled, [13, 1, 2])
+    assert not caplog.records, "one of the things explains it"
+
+
 def test_a_wrong_number_of_results_is_our_fault_and_no_failure_of_things() -> None:
     with pytest.raises(RuntimeError, match="1 results for 2 things"):
         attempt(lambda things: things[:1], [1, 2])

@@ -115,6 +115,17 @@ def passes(model: Model) -> list[tuple[int, int]]:
     return found
 
 
+def test_a_model_saved_without_a_cache_shares_all_the_same(model: Model, passes: list[tuple[int, int]]) -> None:
+    """As transformers' Trainer leaves it. Halves of the batch would answer instead, down to single questions."""
+    items, features = asked(model)
+    expected = Predictor(model, batch_size=8, max_new_tokens=6).answer(items, features)
+    for settings in (model.config, model.config.get_text_config(), model.generation_config):
+        settings.use_cache = False
+    passes.clear()
+    assert Predictor(model, batch_size=8, max_new_tokens=6).answer(items, features) == expected
+    assert [tokens for _, tokens in passes][2:] == [1] * 5, "the prefixes, the questions, and then token by token"
+
+
 def test_written_answers_are_token_for_token_those_of_whole_prompts(
     model: Model, passes: list[tuple[int, int]]
 ) -> None:

@@ -121,6 +121,16 @@ def test_generation_computes_the_logits_of_the_last_token_alone(model: Model) ->
     assert lengths == [1] * NEW_TOKENS
 
 
+def test_a_pass_with_labels_makes_no_cache(tiny_model: Model) -> None:
+    assert tiny_model.processor is not None
+    batch = tiny_model.processor.encode_prompts([ITEMS[-1][0]])
+    images = {"pixel_values": pixels_of(tiny_model, ITEMS[-1][1])} if ITEMS[-1][1] else {}
+    assert tiny_model(**batch, **images).past_key_values is not None
+    for training in (True, False):
+        tiny_model.train(training)
+        assert tiny_model(**batch, **images, labels=batch["input_ids"]).past_key_values is None
+
+
 @pytest.fixture(params=["smoe", "symphony_smoe", "xmoe", "glam"])
 def sparse_model(request: pytest.FixtureRequest, tiny_model_factory: Callable[..., Model]) -> Model:
     return with_large_weights(tiny_model_factory(moe=MoEConfig(num_experts=4, router=request.param)))

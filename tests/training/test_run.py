@@ -147,6 +147,26 @@ def test_the_saved_model_opens_from_a_folder_of_any_name_with_the_same_bits(tiny
     assert first.chat("What color?", images=picture) == second.chat("What color?", images=picture)
 
 
+@pytest.mark.parametrize("stage", STAGES[1:])
+def test_trained_models_keep_keys_and_values_when_they_generate(tiny_run: Any, stage: str) -> None:
+    """The Trainer switches that off in the settings; saved, it would make every new token read the prompt again."""
+    folder = tiny_run.folder / stage / "model"
+    settings = [json.loads((folder / name).read_text()) for name in ("config.json", "generation_config.json")]
+    settings += [settings[0].get("text_config") or {}]
+    assert all(found.get("use_cache") is not False for found in settings)
+
+
+def test_a_trained_model_reads_its_prompt_once(tiny_run: Any) -> None:
+    model = symphony_vlm.load(tiny_run.folder)
+    lengths: list[int] = []
+    model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    model.config.use_cache = model.generation_config.use_cache = False  # as earlier versions saved it
+    model.chat("What color?", max_new_tokens=4, min_new_tokens=4)
+    assert lengths[0] > 1 and lengths[1:] == [1, 1, 1]
+
+
 def test_the_model_carries_the_record_of_its_training(tiny_run: Any) -> None:
     record = json.loads((tiny_run.folder / "instruct" / "model" / "training.json").read_text())
     assert record["log"] == tiny_run.log()
