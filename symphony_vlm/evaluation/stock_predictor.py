@@ -96,7 +96,7 @@ class StockPredictor:
             # Generation continues at the end of every row.
             processor_kwargs={"padding": True, "padding_side": "left"},
         ).to(self._model.device, dtype=self._model.dtype)
-        ids = self._model.generate(**inputs, max_new_tokens=self._max_new_tokens)
+        ids = self._model.generate(**inputs, max_new_tokens=self._max_new_tokens, use_cache=True)
         new = ids[:, inputs["input_ids"].shape[1] :]
         texts: list[str] = self._processor.batch_decode(new, skip_special_tokens=True)
         return [text.strip() for text in texts]
