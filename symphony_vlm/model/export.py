@@ -27,6 +27,7 @@ from transformers import (
 from symphony_vlm.cards.writing import write_model_card
 from symphony_vlm.errors import InputError
 from symphony_vlm.model.loading import load, load_language_model, local_folder, model_type_of
+from symphony_vlm.model.pretrained import keep_cache_
 from symphony_vlm.model.stock_llava import llava_config, llava_weights, save_llava_processor
 from symphony_vlm.model.stock_text import stock_text_config, stock_text_weights
 from symphony_vlm.model.vlm import SymphonyVLMForConditionalGeneration
@@ -67,9 +68,7 @@ def export(model: PreTrainedModel, output: str | Path, format: str = "transforme
     config, weights = _stock(model)
     stock = _build(config, weights)
     stock.generation_config = _generation_config(model)
-    # Training may have left them without, and each new token would read the whole prompt again.
-    for settings in (stock.config, stock.config.get_text_config(), stock.generation_config):
-        settings.use_cache = True
+    keep_cache_(stock)
 
     temporary = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)

@@ -22,7 +22,7 @@ from symphony_vlm.model.loss import loss_of_step, only_supervised_logits, target
 from symphony_vlm.moe.expert_parallel import refuse_shards
 from symphony_vlm.moe.recording import RoutingRecorder, sparse_layers
 
-__all__ = ["SymphonyOutput", "SymphonyPreTrainedModel"]
+__all__ = ["SymphonyOutput", "SymphonyPreTrainedModel", "keep_cache_"]
 
 
 @dataclass
@@ -39,6 +39,17 @@ class SymphonyOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     loss_parts: dict[str, Tensor] | None = None
+
+
+def keep_cache_(model: PreTrainedModel) -> None:
+    """Lets a model keep keys and values when it generates.
+
+    transformers' Trainer switches that off in the settings of whatever it trains. Saved, it would make each new token
+    read the whole prompt again.
+    """
+    for settings in (model.config, model.config.get_text_config(), getattr(model, "generation_config", None)):
+        if settings is not None:
+            settings.use_cache = True
 
 
 class SymphonyPreTrainedModel(PreTrainedModel):

@@ -16,7 +16,7 @@ import torch
 from accelerate import PartialState
 from rich.console import Console
 from torch import nn
-from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from symphony_vlm.cards.writing import keep_edited_card
@@ -25,6 +25,7 @@ from symphony_vlm.data.grouping import EpochSampler
 from symphony_vlm.data.placeholders import PaddedDataset
 from symphony_vlm.errors import InputError, SavingError, Stopped
 from symphony_vlm.files import replacing_folder
+from symphony_vlm.model.pretrained import keep_cache_
 from symphony_vlm.moe.expert_parallel import shard_experts_, unshard_experts_
 from symphony_vlm.training.activation_checkpointing import checkpoint_layers_
 from symphony_vlm.training.averaging import WeightAverage
@@ -256,7 +257,8 @@ def fit(trainer: StageTrainer, stage: StageConfig, context: RunContext) -> None:
     number = trainer.stop.number(trainer.args.device)
     if number:
         raise _stopped(stage.name, number, trainer, context, seconds)
-    trainer.give_back_cache()
+    if isinstance(trainer.model, PreTrainedModel):
+        keep_cache_(trainer.model)
     if trainer.average is not None:
         trainer.average.apply_(trainer.model)
     # Whoever saves the result finds all of it.

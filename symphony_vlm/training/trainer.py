@@ -144,8 +144,6 @@ class StageTrainer(Trainer):
         self.optimizer: torch.optim.Optimizer | None = None
         self.checkpoints = checkpoints
         self.stop = StopOnSignal()
-        config = getattr(kwargs.get("model"), "config", None)
-        self._uses_cache = getattr(config, "use_cache", True)
         super().__init__(*args, callbacks=[self.stop, *callbacks], **kwargs)
         self._rates = rates
         self._sampler = sampler
@@ -157,12 +155,6 @@ class StageTrainer(Trainer):
         self._profiled = profiled
         # By name the weighted sum and the sum of weights: a micro-batch without images has no losses of layers there.
         self._parts: dict[str, Tensor] = {}
-
-    def give_back_cache(self) -> None:
-        """Lets the model generate with keys and values kept: the Trainer forbids it, in a setting that is saved."""
-        config: Any = getattr(self.model, "config", None)
-        if config is not None:
-            config.use_cache = self._uses_cache
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW with one group per learning rate."""

@@ -156,6 +156,25 @@ def test_trained_models_keep_keys_and_values_when_they_generate(tiny_run: Any, s
     assert all(found.get("use_cache") is not False for found in settings)
 
 
+def test_a_stage_that_starts_from_a_model_saved_without_a_cache_saves_one_with_it(
+    tiny_run: Any, only_stage: Callable[..., Recipe], tmp_path: Path, quiet: Console
+) -> None:
+    """As earlier versions saved it, and as transformers' Trainer leaves models of the hub."""
+    start = tmp_path / "start"
+    shutil.copytree(tiny_run.folder / "pretrain" / "model", start)
+    for name in ("config.json", "generation_config.json"):
+        settings = json.loads((start / name).read_text())
+        settings["use_cache"] = False
+        if "text_config" in settings:
+            settings["text_config"]["use_cache"] = False
+        (start / name).write_text(json.dumps(settings))
+    recipe = only_stage("instruct", max_steps=1)
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"start": str(start)})})
+    train(recipe, tmp_path / "run", console=quiet)
+    saved = json.loads((tmp_path / "run" / "instruct" / "model" / "config.json").read_text())
+    assert saved["use_cache"] is True and saved["text_config"]["use_cache"] is True
+
+
 def test_a_trained_model_reads_its_prompt_once(tiny_run: Any) -> None:
     model = symphony_vlm.load(tiny_run.folder)
     lengths: list[int] = []
