@@ -17,23 +17,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
+
+from symphony_vlm.model.aligned_head import aligned_head
 
 __all__ = ["MAX_LOGITS", "DeferredHead", "chunked_cross_entropy", "needs_chunks"]
 
 MAX_LOGITS = 2**29
-"""Logits at once: 2 GiB in fp32, of which cross entropy and its gradient need about four times as much."""
+"""Logits at once: 2 GiB in fp32, of which cross entropy and its gradient need about twice as much."""
 
 
-def needs_chunks(language_model: PreTrainedModel, supervised_BS: Tensor) -> bool:
-    """Whether the supervised tokens have too many logits, and the model is one whose logits can be made in parts.
+def needs_chunks(language_model: PreTrainedModel, num_positions: int) -> bool:
+    """Whether so many positions may have too many logits, and the model is one whose logits can be made in parts.
+
+    How many of the positions are supervised is known to the device alone, and is not asked for: the answer would come
+    when all work before it is done. Of few of them there is one chunk.
 
     FSDP2 and ZeRO-3 gather the head's weights around a module's one call; with them the logits stay whole.
     """
-    vocab_size = language_model.config.get_text_config().vocab_size
-    # Counting them waits for the device; most batches have too few tokens of any kind.
-    if supervised_BS.numel() * vocab_size <= MAX_LOGITS or int(supervised_BS.sum()) * vocab_size <= MAX_LOGITS:
+    if num_positions * language_model.config.get_text_config().vocab_size <= MAX_LOGITS:
         return False
     parameters = language_model.get_output_embeddings().parameters()
     sharded = any(hasattr(p, "full_tensor") or hasattr(p, "ds_id") for p in parameters)
@@ -97,7 +99,8 @@ class DeferredHead:
         vars(self._decoder)["forward"] = decoded
         try:
             # Not the module's call: its hooks open records of a forward pass, and this is a part of one.
-            logits_1nV: Tensor = self._model.forward(use_cache=False).logits
+            with aligned_head(self._head):
+                logits_1nV: Tensor = self._model.forward(use_cache=False).logits
         finally:
             handle.remove()
             vars(self._decoder).pop("forward")
@@ -140,13 +143,13 @@ class _Chunked(torch.autograd.Function):
             with torch.set_grad_enabled(any(ctx.needs_input_grad)):
                 hidden_nD = hidden_nD.detach().requires_grad_(of_hidden)
                 logits_nV = logits(hidden_nD)
-                loss = F.cross_entropy(logits_nV.float(), targets_n.to(logits_nV.device), reduction="sum")
-            summed += loss.detach()
+            loss, grad_nV = _with_gradient(logits_nV.detach(), targets_n.to(logits_nV.device))
+            summed += loss
             if not any(ctx.needs_input_grad):
                 continue
             trained = [p for p, is_wanted in zip(parameters, of_parameters, strict=True) if is_wanted]
             wanted = [hidden_nD] * of_hidden + trained
-            found = list(torch.autograd.grad(loss, wanted, allow_unused=True))
+            found = list(torch.autograd.grad(logits_nV, wanted, grad_nV, allow_unused=True))
             if of_hidden:
                 grads_ND.append(found.pop(0))
             grads = _added(grads, of_parameters, found)
@@ -159,6 +162,15 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         scaled = (None if g is None else (g * grad).to(g.dtype) for g in (ctx.of_hidden, *ctx.of_parameters))
         return (None, None, None, *scaled)
+
+
+def _with_gradient(logits_nV: Tensor, targets_n: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed cross entropy in fp32, and its gradient, softmax less one-hot, in the place of the log-softmax."""
+    log_probs_nV = torch.log_softmax(logits_nV, -1, dtype=torch.float32)
+    loss = -log_probs_nV.gather(1, targets_n[:, None]).sum()
+    grad_nV = log_probs_nV.exp_()
+    grad_nV.scatter_add_(1, targets_n[:, None], grad_nV.new_full((len(targets_n), 1), -1.0))
+    return loss, grad_nV.to(logits_nV.dtype)
 
 
 def _added(

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from symphony_vlm.model.aligned_head import aligned_head
 from symphony_vlm.moe.recording import RoutingRecorder
 
 __all__ = ["loss_of_step", "only_supervised_logits", "targets_of", "training_loss"]
@@ -41,7 +42,8 @@ def only_supervised_logits(head: nn.Module, supervised_BS: Tensor) -> Iterator[N
 
     handle = head.register_forward_pre_hook(choose)
     try:
-        yield
+        with aligned_head(head):
+            yield
     finally:
         handle.remove()
 

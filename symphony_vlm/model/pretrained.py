@@ -89,7 +89,7 @@ class SymphonyPreTrainedModel(PreTrainedModel):
             inputs["use_cache"] = False  # nothing comes after a loss
         targets_BS = targets_of(labels, ignore_index)
         supervised_BS = targets_BS != ignore_index
-        if self.training and needs_chunks(self.language_model, supervised_BS):
+        if self.training and needs_chunks(self.language_model, supervised_BS.numel()):
             return self._run_in_chunks(targets_BS, supervised_BS, num_items_in_batch, inputs)
         if self.training:
             with only_supervised_logits(self.get_output_embeddings(), supervised_BS):

@@ -19,7 +19,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from symphony_vlm.errors import InputError
-from symphony_vlm.moe.segments import ExpertParameters, compute_segments
+from symphony_vlm.moe.segments import ExpertParameters, compute_grouped, compute_segments
 from symphony_vlm.moe.token_exchange import ExpertShard
 
 __all__ = ["Experts"]
@@ -40,10 +40,10 @@ class _Cast:
 class Experts(nn.Module):
     """E experts; a token's output is the weighted sum over its K experts. No token is ever dropped.
 
-    How they are computed is the attribute `implementation`: ``segments`` (here), a function that transformers has
-    registered (``grouped_mm``, ``batched_mm``, ``deepgemm``, ``sonicmoe``), or ``auto``: ``grouped_mm`` on CUDA where
-    the shapes allow it, else ``segments``. Transformers' ``eager`` is left out on purpose: its backward grows with E
-    squared.
+    How they are computed is the attribute `implementation`: ``segments`` (here: grouped products on CUDA where the
+    shapes allow them, else a product for each expert), a function that transformers has registered (``grouped_mm``,
+    ``batched_mm``, ``deepgemm``, ``sonicmoe``), or ``auto``: ``segments``, but for the few shapes for which
+    ``batched_mm`` is faster. Transformers' ``eager`` is left out on purpose: its backward grows with E squared.
 
     Args:
         num_experts: E.
@@ -141,15 +141,13 @@ class Experts(nn.Module):
         return output_TO
 
     def _fitting_implementation(self, x_TD: Tensor) -> str:
-        if not x_TD.is_cuda or not self._fits_grouped_mm(x_TD):
+        if not x_TD.is_cuda or torch.is_grad_enabled() or not self._is_square:
             return "segments"
-        if torch.is_grad_enabled():
-            return "grouped_mm"
         if torch.compiler.is_compiling():
             # Of other types than bf16 the grouped product is then a loop on the host, which no CUDA graph can hold.
-            return "grouped_mm" if x_TD.dtype == torch.bfloat16 else "batched_mm"
+            return "segments" if x_TD.dtype == torch.bfloat16 else "batched_mm"
         # One token's experts are read in place of being sorted for: 2.3 times as fast (docs/performance.md).
-        return "batched_mm" if len(x_TD) == 1 else "grouped_mm"
+        return "batched_mm" if len(x_TD) == 1 else "segments"
 
     def _segments(self, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
         parts = [self.up_weight, self.down_proj]
@@ -157,8 +155,18 @@ class Experts(nn.Module):
         if torch.is_autocast_enabled(x_TD.device.type):
             parts = [part.to(x_TD.dtype) for part in parts]
         activate = self._apply_gate if self.has_gate else self.act_fn
-        output_TO: Tensor = compute_segments(x_TD, weights_TK, indices_TK, ExpertParameters(*parts), activate)
+        compute = compute_grouped if self._can_group(x_TD) else compute_segments
+        output_TO: Tensor = compute(x_TD, weights_TK, indices_TK, ExpertParameters(*parts), activate)
         return output_TO
+
+    def _can_group(self, x_TD: Tensor) -> bool:
+        if (
+            not x_TD.is_cuda
+            or not self._fits_grouped_mm(x_TD)
+            or torch.cuda.get_device_capability(x_TD.device) < (8, 0)
+        ):
+            return False
+        return x_TD.dtype == torch.bfloat16 or not torch.compiler.is_compiling()
 
     def _apply_gate(self, hidden: Tensor) -> Tensor:
         gate, up = hidden.chunk(2, dim=-1)
@@ -170,7 +178,7 @@ class Experts(nn.Module):
         if name not in ALL_EXPERTS_FUNCTIONS:
             known = ", ".join(["auto", "segments", *ALL_EXPERTS_FUNCTIONS.valid_keys()])
             raise InputError(f"{name!r} is not one of {known}", where="moe.experts_implementation")
-        if self.down_proj.shape[1] != self.up_weight.shape[2]:
+        if not self._is_square:
             raise InputError(
                 f"transformers' {name!r} needs experts as wide at their end as at their beginning; these map "
                 f"{self.up_weight.shape[2]} to {self.down_proj.shape[1]}",
@@ -187,10 +195,14 @@ class Experts(nn.Module):
         function: Callable[..., Any] = ALL_EXPERTS_FUNCTIONS[name]
         return function
 
+    @property
+    def _is_square(self) -> bool:
+        """Whether experts are as wide at their end as at their beginning."""
+        return self.down_proj.shape[1] == self.up_weight.shape[2]
+
     def _fits_grouped_mm(self, like: Tensor) -> bool:
-        square = self.down_proj.shape[1] == self.up_weight.shape[2]
-        widths = (self.up_weight.shape[1], self.up_weight.shape[2], self.down_proj.shape[2])
-        return square and all(width * like.element_size() % 16 == 0 for width in widths)
+        widths = (*self.up_weight.shape[1:], *self.down_proj.shape[1:])
+        return all(width * like.element_size() % 16 == 0 for width in widths)
 
     @torch.no_grad()
     def reset(self, std: float) -> None:

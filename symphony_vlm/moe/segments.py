@@ -1,12 +1,12 @@
-"""E feed-forward networks on tokens sorted by expert: a contiguous block, and one product at a time, per expert.
+"""E feed-forward networks on tokens sorted by expert, a contiguous block for each.
 
 Shape letters: T tokens, D input size, F expert hidden size, H = 2F if gated else F, O output size, E experts, K experts
 per token, N = T * K routed tokens sorted by expert, n of them one expert's, I and J the two sizes of any linear layer.
 
-Only the products have a backward pass of their own, everything between them is autograd's, over all N rows at once.
-Autograd's backward of E products would make a gradient for each expert and then stack them, a copy of as much memory as
-all weights take; here each is computed where it stays. Products, sums and their order are autograd's, and so are the
-bits of all results.
+The products of a layer are one grouped product, where the device has one, or E products one after the other. Those have
+a backward pass of their own: autograd's would make a gradient for each expert and then stack them, a copy of as much
+memory as all weights take; here each is computed where it stays. Products, sums and their order are autograd's, and so
+are the bits of all results. Everything between the products is autograd's, over all N rows at once.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from symphony_vlm.moe.token_exchange import combine
+from symphony_vlm.moe.dispatch import Dispatch
 
-__all__ = ["ExpertParameters", "compute_segments"]
+__all__ = ["ExpertParameters", "compute_grouped", "compute_segments"]
 
 
 class ExpertParameters(NamedTuple):
@@ -52,15 +52,53 @@ def compute_segments(
         parameters: of the experts, in the type of the tokens.
         activate: from the first product to the second, ``[N, H] -> [N, F]``, row by row.
     """
-    flat_N = indices_TK.flatten()
-    # Stable, so that sums keep their order and their rounding.
-    order_N = torch.argsort(flat_N, stable=True)
-    counts_E = torch.bincount(flat_N, minlength=len(parameters.down_EOF)).tolist()
+    counts_E = torch.bincount(indices_TK.flatten(), minlength=len(parameters.down_EOF)).tolist()
+
+    def linear(x_NI: Tensor, weight_EJI: Tensor, bias_EJ: Tensor | None) -> Tensor:
+        return _linear(x_NI, weight_EJI, bias_EJ, counts_E)
+
+    return _compute(x_TD, weights_TK, Dispatch(indices_TK), parameters, activate, linear)
+
+
+def compute_grouped(
+    x_TD: Tensor,
+    weights_TK: Tensor,
+    indices_TK: Tensor,
+    parameters: ExpertParameters,
+    activate: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """`compute_segments` by grouped products: nothing waits for the device, and no shape hangs on values.
+
+    On CUDA from compute capability 8.0 on, with rows of multiples of 16 bytes; compiled, in bfloat16 alone.
+    """
+    dispatch = Dispatch(indices_TK)
+    experts_E = torch.arange(len(parameters.down_EOF), device=x_TD.device)
+    ends_E = torch.searchsorted(dispatch.expert_N, experts_E.to(dispatch.expert_N.dtype), right=True, out_int32=True)
+
+    def linear(x_NI: Tensor, weight_EJI: Tensor, bias_EJ: Tensor | None) -> Tensor:
+        y_NJ = torch.nn.functional.grouped_mm(x_NI, weight_EJI.mT, offs=ends_E)
+        if bias_EJ is None:
+            return y_NJ
+        # As a product, whose backward pass is one too: that of fetching biases adds all rows of an expert one by one.
+        one_hot_NE = (dispatch.expert_N[:, None] == experts_E).to(bias_EJ.dtype)
+        return torch.addmm(y_NJ, one_hot_NE, bias_EJ)
+
+    return _compute(x_TD, weights_TK, dispatch, parameters, activate, linear)
+
+
+def _compute(
+    x_TD: Tensor,
+    weights_TK: Tensor,
+    dispatch: Dispatch,
+    parameters: ExpertParameters,
+    activate: Callable[[Tensor], Tensor],
+    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+) -> Tensor:
     with torch.autocast(x_TD.device.type, enabled=False):
-        x_ND = x_TD.index_select(0, order_N // indices_TK.shape[1])
-        hidden_NF = activate(_linear(x_ND, parameters.up_EHD, parameters.up_bias_EH, counts_E))
-        results_NO = _linear(hidden_NF, parameters.down_EOF, parameters.down_bias_EO, counts_E)
-        return combine(results_NO, weights_TK, order_N, x_TD.dtype)
+        x_ND = dispatch.fetch(x_TD)
+        hidden_NF = activate(linear(x_ND, parameters.up_EHD, parameters.up_bias_EH))
+        results_NO = linear(hidden_NF, parameters.down_EOF, parameters.down_bias_EO)
+        return dispatch.combine(results_NO, weights_TK, x_TD.dtype)
 
 
 class _Linear(torch.autograd.Function):

@@ -17,24 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["ExpertShard", "combine", "compute_rows"]
+from symphony_vlm.moe.dispatch import Dispatch
 
-
-def combine(results_NO: Tensor, weights_TK: Tensor, order_N: Tensor, dtype: torch.dtype) -> Tensor:
-    """Weighted sum over each token's experts: ``[N, O] -> [T, O]``.
-
-    In fp32: weights that add up to 1 then give back what K equal experts agree on, in 16 bits too.
-
-    Args:
-        results_NO: of the experts, row n for the n-th of the N = T * K routed tokens as `order_N` puts them.
-        weights_TK: fp32 combination weights.
-        order_N: a permutation of the flat routed tokens.
-        dtype: of the result.
-    """
-    num_tokens, k = weights_TK.shape
-    weighted_NO = results_NO * weights_TK.flatten()[order_N, None]
-    summed_TO = weighted_NO.new_zeros(num_tokens, results_NO.shape[-1]).index_add(0, order_N // k, weighted_NO)
-    return summed_TO.to(dtype)
+__all__ = ["ExpertShard", "compute_rows"]
 
 
 class ExpertShard:
@@ -88,8 +73,7 @@ class ExpertShard:
             num_experts: E.
         """
         expert_N = indices_TK.flatten()
-        # Sorted by expert, the rows are sorted by owner too.
-        order_N = torch.argsort(expert_N, stable=True)
+        dispatch = Dispatch(indices_TK)  # sorted by expert, the rows are sorted by owner too
         sent_E = torch.zeros(num_experts, dtype=torch.long, device=x_TD.device)
         sent_E.scatter_add_(0, expert_N, torch.ones_like(expert_N))
         received_E = torch.empty_like(sent_E)  # by sender, then by expert of this rank
@@ -97,7 +81,7 @@ class ExpertShard:
         # The one synchronisation with the host: sizes of memory must be known there.
         send, receive = torch.stack([sent_E, received_E]).unflatten(1, (self.size, -1)).sum(-1).tolist()
 
-        rows_ND = x_TD[order_N // indices_TK.shape[1]]
+        rows_ND = dispatch.fetch(x_TD)
         if torch.is_grad_enabled():
             # The backward pass must come by here on every rank. Whether tokens carry a gradient can differ between
             # ranks: with a frozen language model those of a batch without images do not.
@@ -107,7 +91,7 @@ class ExpertShard:
         expert_M = expert_M.repeat_interleave(received_E, output_size=sum(receive))
         results_MO = compute_rows(experts, rows_MD, expert_M)
         results_NO: Tensor = _AllToAll.apply(results_MO, receive, send, self.owners)  # type: ignore[no-untyped-call]
-        return combine(results_NO, weights_TK, order_N, x_TD.dtype)
+        return dispatch.combine(results_NO, weights_TK, x_TD.dtype)
 
 
 def compute_rows(experts: Callable[[Tensor, Tensor, Tensor], Tensor], rows_MD: Tensor, expert_M: Tensor) -> Tensor:

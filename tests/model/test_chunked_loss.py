@@ -147,3 +147,28 @@ def test_without_gradients_there_is_a_loss(few_logits: list[int], monkeypatch: p
         assert few_logits
         monkeypatch.setattr(chunked_loss, "MAX_LOGITS", 2**29)
         torch.testing.assert_close(chunked, model(**batch_of()).loss, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("supervised", "chunks"), [(5, [5]), (0, [0])])
+def test_few_targets_among_many_positions_are_one_chunk(
+    supervised: int, chunks: list[int], few_logits: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How many there are only the device knows; a batch without any must train as its neighbours on other ranks do."""
+    model = build("llama")
+    batch = batch_of()
+    batch["labels"][:] = -100
+    batch["labels"][1, 4 : 4 + supervised] = batch["input_ids"][1, 4 : 4 + supervised]
+    results = []
+    for limit in (chunked_loss.MAX_LOGITS, 2**29):
+        monkeypatch.setattr(chunked_loss, "MAX_LOGITS", limit)
+        model.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        results.append((loss, {name: p.grad for name, p in model.named_parameters()}))
+    assert few_logits == chunks
+    (loss, found), (expected, wanted) = results
+    torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-6)
+    for name, gradient in wanted.items():
+        assert gradient is not None and found[name] is not None
+        torch.testing.assert_close(found[name], gradient, atol=2e-7, rtol=1e-4)
+    assert bool(wanted["language_model.lm_head.weight"].any()) == bool(supervised)

@@ -1,4 +1,4 @@
-"""A sparse layer with ``grouped_mm`` never asks the device for a number, and its shapes are known beforehand.
+"""A sparse layer of grouped products never asks the device for a number, and its shapes are known beforehand.
 
 On a CPU every operation that would wait for a GPU, or whose result's shape hangs on values, is found as it is called.
 On CUDA its own sync debug mode looks, and a graph is captured.
@@ -18,11 +18,20 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from symphony_vlm.moe.configuration import MoEConfig
 from symphony_vlm.moe.expert_graph import update_expert_graphs
+from symphony_vlm.moe.experts import Experts
 from symphony_vlm.moe.layer import SparseMoE
 from symphony_vlm.moe.recording import RoutingRecorder
 from symphony_vlm.moe.statistics import GraphDrift
 
 HIDDEN, VOCAB, TOKENS = 32, 16, 24
+
+
+@pytest.fixture(autouse=True)
+def grouped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``segments`` computes grouped products on a CPU too."""
+    monkeypatch.setattr(Experts, "_can_group", lambda self, x_TD: True)
+
+
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
@@ -31,7 +40,7 @@ class ToyLanguageModel(nn.Module):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__()
-        config = MoEConfig(num_experts=4, experts_implementation="grouped_mm", **settings)
+        config = MoEConfig(num_experts=4, experts_implementation="segments", **settings)
         self.layers = nn.ModuleList(make_layer(config, index) for index in range(2))
         self.head = nn.Linear(HIDDEN, VOCAB, bias=False)
         self.routing = RoutingRecorder.attach(self, config)
@@ -156,7 +165,7 @@ def test_training_and_inference_never_synchronise_on_cuda(settings: dict[str, An
 
 def decoding_layer(device: str) -> SparseMoE:
     torch.manual_seed(0)
-    layer = make_layer(MoEConfig(num_experts=8, experts_implementation="grouped_mm")).to(device, torch.bfloat16)
+    layer = make_layer(MoEConfig(num_experts=8, experts_implementation="segments")).to(device, torch.bfloat16)
     with torch.no_grad():
         layer.router.gate.weight.normal_()  # no race so close that another order of sums decides it
     return layer.eval()

@@ -127,6 +127,14 @@ FORMS: dict[str, dict[str, Any]] = {
     "plain with biases": {"hidden_act": "quick_gelu", "gated": False, "bias": True},
 }
 ON_A_CPU = ["segments", "grouped_mm", "batched_mm"]
+
+
+@pytest.fixture
+def grouped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``segments`` computes grouped products, as it does on CUDA."""
+    monkeypatch.setattr(Experts, "_can_group", lambda self, x_TD: True)
+
+
 TOLERANCES = {
     # Sums of at most 48 products, each rounded by 6e-8 of its size.
     torch.float32: 1e-6,
@@ -195,6 +203,27 @@ def test_every_implementation_equals_the_loop_in_output_and_gradients(
     implementation: str, form: str, dtype: torch.dtype
 ) -> None:
     check_against_the_oracle(make_experts(form, implementation=implementation), dtype)
+
+
+@pytest.mark.usefixtures("grouped")
+@pytest.mark.parametrize("output_size", [16, 40])
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_grouped_products_equal_the_loop_in_output_and_gradients(
+    form: str, dtype: torch.dtype, output_size: int
+) -> None:
+    check_against_the_oracle(make_experts(form, output_size=output_size), dtype)
+
+
+@pytest.mark.usefixtures("grouped")
+@pytest.mark.parametrize("form", FORMS)
+def test_grouped_products_of_no_token(form: str) -> None:
+    experts = make_experts(form)
+    x_TD = torch.empty(0, 16, requires_grad=True)
+    y_TD = experts(x_TD, torch.empty(0, 2), torch.empty(0, 2, dtype=torch.long))
+    assert y_TD.shape == (0, 16)
+    y_TD.sum().backward()
+    assert all(weight.grad is not None and not weight.grad.any() for weight in experts.parameters())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -285,6 +314,7 @@ class _OnCuda:
     """As much of a tensor on CUDA as the choice of an implementation asks for."""
 
     is_cuda = True
+    device = "cuda:0"
 
     def __init__(self, tokens: int, dtype: torch.dtype) -> None:
         self.tokens, self.dtype = tokens, dtype
@@ -300,18 +330,30 @@ class _OnCuda:
     ("tokens", "trains", "compiling", "dtype", "expected"),
     [
         (1, False, False, torch.bfloat16, "batched_mm"),
-        (8, False, False, torch.bfloat16, "grouped_mm"),
-        (1, True, False, torch.bfloat16, "grouped_mm"),
-        (1, False, True, torch.bfloat16, "grouped_mm"),
+        (8, False, False, torch.bfloat16, "grouped"),
+        (1, True, False, torch.bfloat16, "grouped"),
+        (1, False, True, torch.bfloat16, "grouped"),
         (8, False, True, torch.float32, "batched_mm"),
-        (8, True, True, torch.float32, "grouped_mm"),
+        (8, True, True, torch.float32, "segments"),
+        (8, True, False, torch.float32, "grouped"),
     ],
 )
 def test_auto_on_cuda_follows_what_was_measured(
     monkeypatch: pytest.MonkeyPatch, tokens: int, trains: bool, compiling: bool, dtype: torch.dtype, expected: str
 ) -> None:
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     x: Any = _OnCuda(tokens, dtype)
+
+    def chosen(experts: Experts) -> str:
+        name = experts._fitting_implementation(x)
+        return "grouped" if name == "segments" and experts._can_group(x) else name
+
     with torch.set_grad_enabled(trains):
-        assert Experts(4, 16, 32, "silu")._fitting_implementation(x) == expected
-        assert Experts(4, 6, 10, "silu")._fitting_implementation(x) == "segments"
+        assert chosen(Experts(4, 16, 32, "silu")) == expected
+        assert chosen(Experts(4, 16, 32, "silu", output_size=24)) == expected.replace("batched_mm", "grouped") or (
+            compiling and dtype == torch.float32
+        )
+        assert not Experts(4, 6, 10, "silu")._can_group(x)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+        assert not Experts(4, 16, 32, "silu")._can_group(x)

@@ -18,7 +18,6 @@ from symphony_vlm.moe.configuration import MoEConfig
 from symphony_vlm.moe.experts import Experts
 from symphony_vlm.moe.layer import SparseMoE
 from symphony_vlm.moe.segments import ExpertParameters, compute_segments
-from symphony_vlm.moe.token_exchange import combine
 
 NUM_EXPERTS, WIDTH, INNER = 6, 64, 96
 
@@ -33,12 +32,13 @@ def by_autograd(
     """The same in operations that autograd differentiates."""
     order_N = torch.argsort(indices_TK.flatten(), stable=True)
     counts_E = torch.bincount(indices_TK.flatten(), minlength=len(parameters.down_EOF))
-    blocks = x_TD.index_select(0, order_N // indices_TK.shape[1]).split(counts_E.tolist())
+    blocks = x_TD.repeat_interleave(indices_TK.shape[1], 0)[order_N].split(counts_E.tolist())
     parts = [[None] * len(blocks) if part is None else part.unbind(0) for part in parameters]
     results = []
     for block, up, down, up_bias, down_bias in zip(blocks, *parts, strict=True):
         results.append(F.linear(activate(F.linear(block, up, up_bias)), down, down_bias))
-    return combine(torch.cat(results), weights_TK, order_N, x_TD.dtype)
+    results_TKO = torch.cat(results)[order_N.argsort()].unflatten(0, indices_TK.shape)
+    return (results_TKO * weights_TK[..., None]).sum(1).to(x_TD.dtype)
 
 
 @pytest.fixture
