@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -160,11 +161,10 @@ class Experts(nn.Module):
         return output_TO
 
     def _can_group(self, x_TD: Tensor) -> bool:
-        if (
-            not x_TD.is_cuda
-            or not self._fits_grouped_mm(x_TD)
-            or torch.cuda.get_device_capability(x_TD.device) < (8, 0)
-        ):
+        """Whether experts of this shape, on this device and by this torch (2.10 or later), are grouped products."""
+        if not x_TD.is_cuda or not self._fits_grouped_mm(x_TD) or not hasattr(F, "grouped_mm"):
+            return False
+        if torch.cuda.get_device_capability(x_TD.device) < (8, 0):
             return False
         return x_TD.dtype == torch.bfloat16 or not torch.compiler.is_compiling()
 

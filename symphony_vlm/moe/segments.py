@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from symphony_vlm.moe.dispatch import Dispatch
 
@@ -69,14 +70,15 @@ def compute_grouped(
 ) -> Tensor:
     """`compute_segments` by grouped products: nothing waits for the device, and no shape hangs on values.
 
-    On CUDA from compute capability 8.0 on, with rows of multiples of 16 bytes; compiled, in bfloat16 alone.
+    On CUDA from compute capability 8.0 on and by torch 2.10 or later, with rows of multiples of 16 bytes; compiled, in
+    bfloat16 alone.
     """
     dispatch = Dispatch(indices_TK)
     experts_E = torch.arange(len(parameters.down_EOF), device=x_TD.device)
     ends_E = torch.searchsorted(dispatch.expert_N, experts_E.to(dispatch.expert_N.dtype), right=True, out_int32=True)
 
     def linear(x_NI: Tensor, weight_EJI: Tensor, bias_EJ: Tensor | None) -> Tensor:
-        y_NJ = torch.nn.functional.grouped_mm(x_NI, weight_EJI.mT, offs=ends_E)
+        y_NJ = F.grouped_mm(x_NI, weight_EJI.mT, offs=ends_E)
         if bias_EJ is None:
             return y_NJ
         # As a product, whose backward pass is one too: that of fetching biases adds all rows of an expert one by one.
