@@ -33,7 +33,8 @@ def read_drift(results: Path) -> dict[str, dict[str, float | None]]:
     Returns:
         Empty if the results have no routing.
     """
-    blocks = json.loads(results.read_text(encoding="utf-8"))["robustness"].get("routing_drift", [])
+    document = json.loads(results.read_text(encoding="utf-8"))
+    blocks = (document.get("robustness") or {}).get("routing_drift")  # a dense model has none
     if not blocks or blocks[0]["mean"] is None:
         return {}
     means = blocks[0]["mean"]["all"]
@@ -69,6 +70,8 @@ def drift_rows(arms: Mapping[str, ArmScores], baselines: Mapping[str, str | None
                 figures = {figure: _mean([found[figure] for found in by_seed.values()]) for figure in _names(by_seed)}
                 other = baselines.get(name)
                 against = _by_seed(arms[other], kind) if other is not None and other in arms else {}
+                if all(found.get("kappa") is None for found in against.values()):
+                    against = {}  # its tokens have no choice of experts, so that any change is one more than its
                 per_seed = {"seeds": list(by_seed), "per_seed": [found[COMPARED] for found in by_seed.values()]}
                 compared = _compared(by_seed, against)
                 rows.append({"arm": name, "modality": kind, "figures": figures, **per_seed, **compared})

@@ -73,11 +73,19 @@ def write_predictions(folder: Path, scores: Sequence[tuple[str, int, Sequence[fl
         path.write_text("".join(f"{json.dumps(record)}\n" for record in records))
 
 
-def write_drift(folder: Path, changed: Sequence[float]) -> None:
-    """A results.json with one block of routing: experts changed among the tokens of pictures and of text."""
+def write_drift(folder: Path, changed: Sequence[float] | None) -> None:
+    """A results.json with one block of routing: experts changed among the tokens of pictures and of text.
+
+    Without a number there are no routers; where none ever changes all experts are always chosen, and κ is not defined.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if changed is None:
+        (folder / "results.json").write_text(json.dumps({"results": []}))
+        return
     kinds = dict(zip(("image", "text"), changed, strict=True))
     means = {
-        kind: {name: {"value": value} for name in FIGURES} | {"kappa": {"value": None}} for kind, value in kinds.items()
+        kind: {name: {"value": value} for name in FIGURES} | {"kappa": {"value": 0.5 if value else None}}
+        for kind, value in kinds.items()
     }
     areas = [
         {"drift": drift, "modality": kind, "value": 0.75 if drift == "fluctuation" else 0.1, "n_flips": 1, "n_kept": 3}
@@ -89,7 +97,6 @@ def write_drift(folder: Path, changed: Sequence[float]) -> None:
         {"corruption": name, "severity": 1, "attack": "none", "association": found}
         for name, found in (("fog", areas), ("contrast", nothing_lost), ("saturate", areas))
     ]
-    folder.mkdir(parents=True, exist_ok=True)
     block = {"mean": {"all": means}, "cells": cells}
     (folder / "results.json").write_text(json.dumps({"robustness": {"routing_drift": [block]}}))
 

@@ -168,7 +168,7 @@ def test_hashes_of_predictions_tell_repetitions_from_others(tmp_path: Path) -> N
 CELLS = [(name, severity) for name in ("fog", "contrast", "saturate") for severity in (1, 5)]
 
 
-def finish_pictures(study: Study, output: Path, right: dict[str, dict[str, list[float]]]) -> PictureSetting:
+def finish_pictures(study: Study, output: Path, right: Mapping[str, Mapping[str, Any]]) -> PictureSetting:
     """Every seed the same: 8 questions about 4 pictures clean, the first 4 of them corrupted."""
     setting = PictureSetting(study, output)
     for job in setting.jobs("test", list(study.arms)):
@@ -231,8 +231,23 @@ def test_the_drift_of_routing_is_compared_by_seed(tmp_path: Path) -> None:
     # Text changes as much in both, which is p = 1; two rows are tested.
     assert (text["difference"]["value"], text["p_seeds"], image["p_holm"]) == (0, 1, 2 * image["p_seeds"])
     assert rows["smoe", "image"]["difference"] is None
-    assert "| symphony | image | 16.0 | 16.0 | - | 16.0 | 16.0 | 0.160 | 12.5 | 75.0 | smoe | -4.00 [" in page
+    assert "| symphony | image | 16.0 | 16.0 | 0.50 | 16.0 | 16.0 | 0.160 | 12.5 | 75.0 | smoe | -4.00 [" in page
     assert "| smoe | text | 10.0 |" in page and (tmp_path / "pictures_drift.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize("changed", [None, [0.0, 0.0]])
+def test_a_baseline_whose_tokens_have_no_choice_is_not_compared_with(
+    changed: list[float] | None, tmp_path: Path
+) -> None:
+    """A dense model has no routers, and of two experts that are both always active none can change."""
+    scores: dict[str, Any] = {"clean": [1, 1, 1, 0, 1, 1, 0, 0], "bad": [1, 0, 0, 0]}
+    arms = {"smoe": scores | {"changed": changed}, "symphony": scores | {"changed": [0.17, 0.1]}}
+    document, page = results(finish_pictures(picture_study(seeds=[0, 1, 2]), tmp_path, arms), tmp_path)
+    rows = {(row["arm"], row["modality"]): row for row in document["drift"]}
+    assert ("smoe", "image") in rows or changed is None
+    assert rows["symphony", "image"]["difference"] is None and rows["symphony", "image"]["p_holm"] is None
+    assert rows["symphony", "image"]["figures"]["fluctuation"] == pytest.approx(0.17)
+    assert "| symphony | image | 17.0 |" in page
 
 
 def test_without_routing_there_is_no_drift(tmp_path: Path) -> None:
