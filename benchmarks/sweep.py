@@ -1,8 +1,9 @@
 """A sweep of corruptions over two models: each alone, and both together, as ``eval`` does with several ``--model``.
 
 Together, each picture is opened, corrupted and encoded once for both; alone, twice. The answers must be equal, token
-for token. The clean cell gives the scale: a sweep over all corruptions and severities is 96 cells, of which one is
-clean. Corruptions are taken at severity 3; ``frost`` is its procedural variant, which needs no texture files.
+for token. As many clean cells, each model alone, give the scale: a sweep over all corruptions and severities is 96
+cells, of which one is clean. Corruptions are taken at severity 3; ``frost`` is its procedural variant, which needs no
+texture files.
 
 The models are two of the recipe ``instruct_small`` with random weights, equal but for the language model. Questions are
 those of generated scenes, eight a picture, with answers of one token: the case in which looking costs most.
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.evaluate import answers_as_numbers, random_model
-from benchmarks.measure import Case, Plan
+from benchmarks.measure import Case, Plan, Result
 from symphony_vlm.corruptions import ALL
 from symphony_vlm.data.scenes import generate_scenes
 from symphony_vlm.evaluation.cell import Respondent, run_cell_together
@@ -30,15 +31,17 @@ from symphony_vlm.evaluation.predictor import Predictor
 from symphony_vlm.evaluation.sharing import SharedEncoder
 from symphony_vlm.evaluation.task import get_task
 
-__all__ = ["PLAN", "cases"]
+__all__ = ["PLAN", "cases", "summary"]
 
-PLAN = Plan(rounds=1, alternations=3, seconds=0.0)
+PLAN = Plan(rounds=1, alternations=5, seconds=0.0)
 
 BATCH_SIZE = 64
+CELLS = 1 + 19 * 5
+CLEAN = "clean, each alone"
 
 
 def cases(*, tiny: bool, device: torch.device) -> Iterator[Case]:
-    """The clean cell, and a cell of each corruption.
+    """A cell of each corruption, beside as many clean ones.
 
     Args:
         tiny: sizes for a test of the benchmark.
@@ -54,20 +57,28 @@ def cases(*, tiny: bool, device: torch.device) -> Iterator[Case]:
             for weight in second.language_model.parameters():
                 weight += 0.1 * torch.randn_like(weight) * weight.std(correction=0)
         items = list(get_task("scenes").load(folder / "scenes", None, folder, 0))
-        names = ["frost_procedural" if name == "frost" else name for name in ALL]
-        for label, chosen in (("none", ["none"]), ("19 at severity 3", names[:2] if tiny else names)):
-            cells = [
-                Cell(task=get_task("scenes"), corruption=name, severity=0 if name == "none" else 3, seed=0)
-                for name in chosen
-            ]
-            yield Case(
-                settings={"corruption": label, "cells": len(cells), "questions a cell": len(items)},
-                contenders={
-                    "each alone": _sweep([[first], [second]], cells, items, folder),
-                    "together": _sweep([[first, second]], cells, items, folder),
-                },
-                items=("questions", 2 * len(cells) * len(items)),
-            )
+        names = ["frost_procedural" if name == "frost" else name for name in ALL][: 2 if tiny else None]
+        cells, clean = (
+            [Cell(task=get_task("scenes"), corruption=name, severity=severity, seed=0) for name in chosen]
+            for chosen, severity in ((names, 3), (["none"] * len(names), 0))
+        )
+        yield Case(
+            settings={"cells": len(cells), "questions a cell": len(items)},
+            references={CLEAN: _sweep([[first], [second]], clean, items, folder)},
+            contenders={
+                "each alone": _sweep([[first], [second]], cells, items, folder),
+                "together": _sweep([[first, second]], cells, items, folder),
+            },
+            items=("questions", 2 * len(cells) * len(items)),
+        )
+
+
+def summary(results: Sequence[tuple[Case, Result]]) -> str:
+    """What the whole sweep costs, in clean passes of each model alone."""
+    ((case, result),) = results
+    clean = result.timings[CLEAN].seconds
+    passes = {name: 1 + (CELLS - 1) * result.timings[name].seconds / clean for name in case.contenders}
+    return "\n".join(f"{name}: {CELLS} cells cost {number:.1f} clean passes" for name, number in passes.items())
 
 
 def _sweep(
