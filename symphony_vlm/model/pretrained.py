@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -39,6 +40,17 @@ class SymphonyOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     loss_parts: dict[str, Tensor] | None = None
+
+
+def _leave_out_local_paths(config: Path) -> None:
+    """Takes from a saved configuration where on this machine its parts were loaded from; hub names stay."""
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    parts = [settings, *(value for value in settings.values() if isinstance(value, dict))]
+    local = [part for part in parts if Path(part.get("_name_or_path") or "").is_absolute()]
+    for part in local:
+        del part["_name_or_path"]
+    if local:
+        config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def keep_cache_(model: PreTrainedModel) -> None:
@@ -169,6 +181,7 @@ class SymphonyPreTrainedModel(PreTrainedModel):
             kwargs["state_dict"] = trained_weights(self, kwargs.get("state_dict"))
         super().save_pretrained(save_directory, *args, **kwargs | {"save_original_format": False})
         if args[0] if args else kwargs.get("is_main_process", True):
+            _leave_out_local_paths(Path(save_directory) / "config.json")
             write_model_card(Path(save_directory))
 
     @classmethod

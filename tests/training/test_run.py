@@ -186,6 +186,12 @@ def test_a_trained_model_reads_its_prompt_once(tiny_run: Any) -> None:
     assert lengths[0] > 1 and lengths[1:] == [1, 1, 1]
 
 
+@pytest.mark.parametrize("stage", STAGES[1:])
+def test_a_saved_configuration_names_no_folder_of_this_machine(tiny_run: Any, stage: str) -> None:
+    text = (tiny_run.folder / stage / "model" / "config.json").read_text()
+    assert str(tiny_run.folder) not in text and '"/' not in text
+
+
 def test_the_model_carries_the_record_of_its_training(tiny_run: Any) -> None:
     record = json.loads((tiny_run.folder / "instruct" / "model" / "training.json").read_text())
     assert record["log"] == tiny_run.log()
