@@ -26,6 +26,10 @@ from symphony_vlm.moe.token_exchange import ExpertShard
 __all__ = ["Experts"]
 
 
+_GROUPED_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Of grouped products on a CPU."""
+
+
 class _Cast:
     """Experts with weights of another type, as autocast casts a linear layer's; gradients reach the originals."""
 
@@ -41,8 +45,8 @@ class _Cast:
 class Experts(nn.Module):
     """E experts; a token's output is the weighted sum over its K experts. No token is ever dropped.
 
-    How they are computed is the attribute `implementation`: ``segments`` (here: grouped products on CUDA where the
-    shapes allow them, else a product for each expert), a function that transformers has registered (``grouped_mm``,
+    How they are computed is the attribute `implementation`: ``segments`` (here: grouped products where sizes and
+    device allow them, else a product for each expert), a function that transformers has registered (``grouped_mm``,
     ``batched_mm``, ``deepgemm``, ``sonicmoe``), or ``auto``: ``segments``, but for the few shapes for which
     ``batched_mm`` is faster. Transformers' ``eager`` is left out on purpose: its backward grows with E squared.
 
@@ -161,12 +165,16 @@ class Experts(nn.Module):
         return output_TO
 
     def _can_group(self, x_TD: Tensor) -> bool:
-        """Whether experts of this shape, on this device and by this torch (2.10 or later), are grouped products."""
-        if not x_TD.is_cuda or not self._fits_grouped_mm(x_TD) or not hasattr(F, "grouped_mm"):
+        """Whether the products are grouped: by torch 2.10 or later, for these sizes, on this device."""
+        if not hasattr(F, "grouped_mm") or not self._fits_grouped_mm(x_TD):
             return False
-        if torch.cuda.get_device_capability(x_TD.device) < (8, 0):
-            return False
-        return x_TD.dtype == torch.bfloat16 or not torch.compiler.is_compiling()
+        if x_TD.is_cuda:
+            able = torch.cuda.get_device_capability(x_TD.device) >= (8, 0)
+        else:
+            # Where biases are a part of the product they are rounded with it.
+            able = x_TD.device.type == "cpu" and not self.has_bias and x_TD.dtype in _GROUPED_TYPES
+        # Compiled, other types than bf16 are an error.
+        return able and (x_TD.dtype == torch.bfloat16 or not torch.compiler.is_compiling())
 
     def _apply_gate(self, hidden: Tensor) -> Tensor:
         gate, up = hidden.chunk(2, dim=-1)

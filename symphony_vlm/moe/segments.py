@@ -70,8 +70,8 @@ def compute_grouped(
 ) -> Tensor:
     """`compute_segments` by grouped products: nothing waits for the device, and no shape hangs on values.
 
-    On CUDA from compute capability 8.0 on and by torch 2.10 or later, with rows of multiples of 16 bytes; compiled, in
-    bfloat16 alone.
+    By torch 2.10 or later, with rows of multiples of 16 bytes, on a CPU or on CUDA from compute capability 8.0 on;
+    compiled, in bfloat16 alone. On a CPU the bits are those of `compute_segments`, but for biases.
     """
     dispatch = Dispatch(indices_TK)
     experts_E = torch.arange(len(parameters.down_EOF), device=x_TD.device)

@@ -17,7 +17,7 @@ from symphony_vlm.moe import experts as experts_module
 from symphony_vlm.moe.configuration import MoEConfig
 from symphony_vlm.moe.experts import Experts
 from symphony_vlm.moe.layer import SparseMoE
-from symphony_vlm.moe.segments import ExpertParameters, compute_segments
+from symphony_vlm.moe.segments import ExpertParameters
 
 NUM_EXPERTS, WIDTH, INNER = 6, 64, 96
 
@@ -42,13 +42,23 @@ def by_autograd(
 
 
 @pytest.fixture
-def before(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
-    """Switches all experts to `by_autograd` and back."""
+def before(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Switches all experts to `by_autograd`."""
 
-    def switch(on: bool) -> None:
-        monkeypatch.setattr(experts_module, "compute_segments", by_autograd if on else compute_segments)
+    def switch() -> None:
+        for name in ("compute_segments", "compute_grouped"):
+            monkeypatch.setattr(experts_module, name, by_autograd)
 
     return switch
+
+
+@pytest.fixture(params=["grouped", "one by one"], autouse=True)
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Grouped where they can be, and never."""
+    if request.param == "one by one":
+        monkeypatch.setattr(Experts, "_can_group", lambda self, x_TD: False)
+    chosen: str = request.param
+    return chosen
 
 
 def make_experts(dtype: torch.dtype = torch.float32, **form: Any) -> Experts:
@@ -89,11 +99,12 @@ def results_of(experts: Experts, dtype: torch.dtype, k: int) -> list[Tensor]:
     ids=["swiglu", "gated, biases, another width", "plain", "plain, biases"],
 )
 def test_output_and_gradients_have_the_bits_of_autograds(
-    form: dict[str, Any], dtype: torch.dtype, k: int, before: Callable[[bool], None]
+    form: dict[str, Any], dtype: torch.dtype, k: int, before: Callable[[], None], products: str
 ) -> None:
     experts = make_experts(dtype, **form)
+    assert experts._can_group(torch.empty(1, WIDTH, dtype=dtype)) == (products == "grouped" and not experts.has_bias)
     ours = results_of(experts, dtype, k)
-    before(True)
+    before()
     for found, expected in zip(ours, results_of(experts, dtype, k), strict=True):
         assert found.dtype == expected.dtype and expected.abs().max() > 0.1
         assert torch.equal(found, expected)
@@ -117,9 +128,9 @@ def losses_of_twenty_steps() -> list[float]:
     return losses
 
 
-def test_twenty_training_steps_have_the_losses_they_had_before(before: Callable[[bool], None]) -> None:
+def test_twenty_training_steps_have_the_losses_they_had_before(before: Callable[[], None]) -> None:
     ours = losses_of_twenty_steps()
-    before(True)
+    before()
     assert ours == losses_of_twenty_steps()
     assert ours[-1] < 0.5 * ours[0]
 
@@ -141,17 +152,18 @@ def test_the_written_gradients_are_those_of_finite_differences(form: dict[str, A
 
 
 class Products(TorchDispatchMode):
-    """Counts matrix products that have terms."""
+    """Counts matrix products that have terms, and grouped products."""
 
     count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.name() == "aten::_grouped_mm"
         self.count += func.name() in ("aten::mm", "aten::mm.out") and 0 not in (*args[0].shape, *args[1].shape)
         return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(
-    ("trained", "products"),
+    ("trained", "needed"),
     [
         # The forward pass has two; the gradients of the hidden units, the input and each weight take one each.
         ("x gate_up_proj down_proj", 6),
@@ -162,7 +174,7 @@ class Products(TorchDispatchMode):
         ("", 2),
     ],
 )
-def test_what_is_frozen_costs_nothing(trained: str, products: int) -> None:
+def test_what_is_frozen_costs_nothing(trained: str, needed: int, products: str) -> None:
     experts = make_experts()
     x_TD, weights_TK, indices_TK = inputs()
     tensors = {"x": x_TD, "weights": weights_TK, **dict(experts.named_parameters())}
@@ -175,7 +187,7 @@ def test_what_is_frozen_costs_nothing(trained: str, products: int) -> None:
         if trained:
             torch.manual_seed(2)
             y_TO.backward(torch.randn_like(y_TO))
-    assert counter.count == products * 5, "an expert without tokens has none"
+    assert counter.count == needed * (1 if products == "grouped" else 5), "an expert without tokens has none"
     for (name, tensor), expected in zip(tensors.items(), whole[1:], strict=True):
         assert torch.equal(tensor.grad, expected) if name in trained.split() else tensor.grad is None
 
@@ -201,7 +213,7 @@ def test_the_input_of_frozen_weights_is_not_kept(frozen: str, width: int) -> Non
 
 
 @pytest.mark.parametrize("use", ["checkpointing", "accumulation", "autocast"])
-def test_gradients_have_the_bits_of_autograds_under(use: str, before: Callable[[bool], None]) -> None:
+def test_gradients_have_the_bits_of_autograds_under(use: str, before: Callable[[], None]) -> None:
     def gradients() -> list[Tensor]:
         experts = make_experts(bias=True)
         tensors = inputs()
@@ -217,17 +229,17 @@ def test_gradients_have_the_bits_of_autograds_under(use: str, before: Callable[[
         return [parameter.grad for parameter in experts.parameters()]
 
     ours = gradients()
-    before(True)
+    before()
     for found, expected in zip(ours, gradients(), strict=True):
         assert found.dtype == torch.float32 and torch.equal(found, expected)
 
 
-def test_an_activation_may_have_parameters_of_its_own(before: Callable[[bool], None]) -> None:
+def test_an_activation_may_have_parameters_of_its_own(before: Callable[[], None]) -> None:
     def gradients() -> list[Tensor]:
         return results_of(make_experts(hidden_act=nn.PReLU(init=0.1)), torch.float32, 2)
 
     *ours, slope = gradients()
-    before(True)
+    before()
     *expected, expected_slope = gradients()
     assert all(torch.equal(*pair) for pair in zip(ours, expected, strict=True))
     # Summed over experts in another order.
@@ -250,7 +262,8 @@ def test_a_compiled_function_leaves_it_out_and_goes_on() -> None:
         assert torch.equal(compiled(x_TD), twice(x_TD))
 
 
-def test_a_second_derivative_is_refused() -> None:
+@pytest.mark.parametrize("products", ["one by one"], indirect=True)
+def test_a_second_derivative_is_refused(products: str) -> None:
     x_TD, weights_TK, indices_TK = inputs()
     y_TO = make_experts()(x_TD, weights_TK, indices_TK)
     (gradient,) = torch.autograd.grad(y_TO.square().sum(), x_TD, create_graph=True)
