@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["aligned_head"]
+__all__ = ["aligned_head", "aligned_logits"]
 
 _MULTIPLE = 8
 """Numbers of 16 bits in 16 bytes."""
@@ -35,7 +35,7 @@ def aligned_head(head: nn.Module) -> Iterator[None]:
     assert isinstance(head, nn.Linear)
 
     def forward(hidden: Tensor) -> Tensor:
-        return _logits(head, hidden)
+        return aligned_logits(head, hidden)
 
     vars(head)["forward"] = forward
     try:
@@ -52,8 +52,8 @@ def _is_misaligned(head: nn.Module) -> bool:
     return head.weight.is_cuda and head.weight.shape[0] % _MULTIPLE != 0
 
 
-def _logits(head: nn.Linear, hidden_ND: Tensor) -> Tensor:
-    """``[..., D] -> [..., V]``, a view of longer rows."""
+def aligned_logits(head: nn.Linear, hidden_ND: Tensor) -> Tensor:
+    """``[..., D] -> [..., V]``, a view of rows with a multiple of eight."""
     vocab_size = head.weight.shape[0]
     missing = -vocab_size % _MULTIPLE
     bias = None if head.bias is None else F.pad(head.bias, (0, missing))
