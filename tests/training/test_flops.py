@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from symphony_vlm.moe.configuration import MoEConfig
+from symphony_vlm.moe.experts import Experts
 from symphony_vlm.training.batch_sizes import BatchSizes
 from symphony_vlm.training.contrastive import ContrastiveModel
 from symphony_vlm.training.flops import TrainingFlops, peak_tflops, training_flops
@@ -63,6 +64,12 @@ RATES: dict[str, dict[str, float]] = {
     "everything": {"vision_tower": 1.0, "projector": 1.0, "language_model": 1.0},
     "upper layer alone": {"language_model.model.layers.1": 1.0},
 }
+
+
+@pytest.fixture(autouse=True)
+def one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's counter knows single products, and counts nothing for a grouped one."""
+    monkeypatch.setattr(Experts, "_can_group", lambda self, x_TD: False)
 
 
 @pytest.mark.parametrize("stage", RATES)
