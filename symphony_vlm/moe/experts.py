@@ -27,7 +27,7 @@ __all__ = ["Experts"]
 
 
 _GROUPED_TYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""Of grouped products on a CPU."""
+"""Of grouped products."""
 
 
 class _Cast:
@@ -166,13 +166,13 @@ class Experts(nn.Module):
 
     def _can_group(self, x_TD: Tensor) -> bool:
         """Whether the products are grouped: by torch 2.10 or later, for these sizes, on this device."""
-        if not hasattr(F, "grouped_mm") or not self._fits_grouped_mm(x_TD):
+        if not hasattr(F, "grouped_mm") or x_TD.dtype not in _GROUPED_TYPES or not self._fits_grouped_mm(x_TD):
             return False
         if x_TD.is_cuda:
             able = torch.cuda.get_device_capability(x_TD.device) >= (8, 0)
         else:
             # Where biases are a part of the product they are rounded with it.
-            able = x_TD.device.type == "cpu" and not self.has_bias and x_TD.dtype in _GROUPED_TYPES
+            able = x_TD.device.type == "cpu" and not self.has_bias
         # Compiled, other types than bf16 are an error.
         return able and (x_TD.dtype == torch.bfloat16 or not torch.compiler.is_compiling())
 

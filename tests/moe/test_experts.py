@@ -355,5 +355,7 @@ def test_auto_on_cuda_follows_what_was_measured(
             compiling and dtype == torch.float32
         )
         assert not Experts(4, 6, 10, "silu")._can_group(x)
+        double: Any = _OnCuda(tokens, torch.float64)
+        assert not Experts(4, 16, 32, "silu")._can_group(double)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
         assert not Experts(4, 16, 32, "silu")._can_group(x)
