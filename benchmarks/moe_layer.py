@@ -226,26 +226,34 @@ def _dense(layer: _Layer, passes: str, chunk: int | None = None) -> Sequence[Ten
 
 
 def _products(layer: _Layer, passes: str) -> Work:
-    """The products of E experts that share the tokens evenly, with places for all gradients.
+    """The products of E experts on rows of their own that already lie in order, with places for all results.
 
-    n: tokens of one expert; F: its hidden size; H: 2F.
+    N: routed tokens, n of them one expert's; F: its hidden size; H: 2F.
     """
     E, D, F_ = layer.experts.down_proj.shape
-    n = max(1, layer.indices_TK.numel() // E)
-    x_nD, grad_nD, active_nF, hidden_nH = (torch.randn(n, size) for size in (D, D, F_, 2 * F_))
+    counts = torch.bincount(layer.indices_TK.flatten(), minlength=E).tolist()
+
+    def rows(size: int) -> tuple[Tensor, ...]:
+        return torch.randn(sum(counts), size).split(counts)
+
     weights = [part.detach() for part in (layer.experts.gate_up_proj, layer.experts.down_proj)]
-    grads = [torch.empty_like(part) for part in weights]
+    forward = list(zip(*weights, rows(D), rows(2 * F_), rows(F_), rows(D), strict=True))
+    backward: list[tuple[Tensor, ...]] = []
+    if passes != "forward":
+        grads = [torch.empty_like(part) for part in weights]
+        backward = list(zip(*grads, rows(D), rows(F_), rows(2 * F_), rows(D), strict=True))
 
     def work() -> Sequence[Tensor]:
-        for up, down in zip(*weights, strict=True):
-            x_nD @ up.T
-            active_nF @ down.T
-        if passes != "forward":
-            for up, down, grad_up, grad_down in zip(*weights, *grads, strict=True):
-                torch.mm(grad_nD.T, active_nF, out=grad_down)
-                grad_nD @ down
-                torch.mm(hidden_nH.T, x_nD, out=grad_up)
-                hidden_nH @ up
+        for up, down, x_nD, hidden_nH, active_nF, y_nD in forward:
+            torch.mm(x_nD, up.T, out=hidden_nH)
+            torch.mm(active_nF, down.T, out=y_nD)
+        # Without a backward pass there are no grads.
+        for (up, down, x_nD, _, active_nF, _), grads_of_one in zip(forward, backward, strict=False):
+            grad_up, grad_down, grad_y_nD, grad_active_nF, grad_hidden_nH, grad_x_nD = grads_of_one
+            torch.mm(grad_y_nD.T, active_nF, out=grad_down)
+            torch.mm(grad_y_nD, down, out=grad_active_nF)
+            torch.mm(grad_hidden_nH.T, x_nD, out=grad_up)
+            torch.mm(grad_hidden_nH, up, out=grad_x_nD)
         return ()
 
     return work
