@@ -20,7 +20,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from symphony_vlm.errors import InputError
-from symphony_vlm.moe.segments import ExpertParameters, compute_grouped, compute_segments
+from symphony_vlm.moe.segments import ExpertParameters, compute_grouped, compute_segments, compute_token
 from symphony_vlm.moe.token_exchange import ExpertShard
 
 __all__ = ["Experts"]
@@ -160,9 +160,17 @@ class Experts(nn.Module):
         if torch.is_autocast_enabled(x_TD.device.type):
             parts = [part.to(x_TD.dtype) for part in parts]
         activate = self._apply_gate if self.has_gate else self.act_fn
-        compute = compute_grouped if self._can_group(x_TD) else compute_segments
-        output_TO: Tensor = compute(x_TD, weights_TK, indices_TK, ExpertParameters(*parts), activate)
+        output_TO: Tensor = self._fitting_products(x_TD)(
+            x_TD, weights_TK, indices_TK, ExpertParameters(*parts), activate
+        )
         return output_TO
+
+    def _fitting_products(self, x_TD: Tensor) -> Callable[..., Tensor]:
+        # Compiled, which experts a token chose cannot be read.
+        is_plain = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if len(x_TD) == 1 and x_TD.device.type == "cpu" and is_plain:
+            return compute_token
+        return compute_grouped if self._can_group(x_TD) else compute_segments
 
     def _can_group(self, x_TD: Tensor) -> bool:
         """Whether the products are grouped: by torch 2.10 or later, for these sizes, on this device."""

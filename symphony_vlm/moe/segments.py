@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from symphony_vlm.moe.dispatch import Dispatch
 
-__all__ = ["ExpertParameters", "compute_grouped", "compute_segments"]
+__all__ = ["ExpertParameters", "compute_grouped", "compute_segments", "compute_token"]
 
 
 class ExpertParameters(NamedTuple):
@@ -86,6 +86,31 @@ def compute_grouped(
         return torch.addmm(y_NJ, one_hot_NE, bias_EJ)
 
     return _compute(x_TD, weights_TK, dispatch, parameters, activate, linear)
+
+
+def compute_token(
+    x_1D: Tensor,
+    weights_1K: Tensor,
+    indices_1K: Tensor,
+    parameters: ExpertParameters,
+    activate: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """`compute_segments` of a single token, to the bit: nothing is to be sorted. For a CPU, without gradients.
+
+    Those would be as large as the weights of all experts, K times.
+    """
+    chosen = indices_1K[0].tolist()
+
+    def linear(x_KI: Tensor, weight_EJI: Tensor, bias_EJ: Tensor | None) -> Tensor:
+        biases = [None if bias_EJ is None else bias_EJ[expert] for expert in chosen]
+        rows = zip(x_KI.split(1), chosen, biases, strict=True)
+        return torch.cat([F.linear(x_1I, weight_EJI[expert], bias_J) for x_1I, expert, bias_J in rows])
+
+    with torch.autocast(x_1D.device.type, enabled=False):
+        x_KD = x_1D.expand(len(chosen), -1)
+        hidden_KF = activate(linear(x_KD, parameters.up_EHD, parameters.up_bias_EH))
+        results_KO = linear(hidden_KF, parameters.down_EOF, parameters.down_bias_EO)
+        return (results_KO * weights_1K.T).sum(0, keepdim=True).to(x_1D.dtype)
 
 
 def _compute(

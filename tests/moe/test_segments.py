@@ -17,7 +17,7 @@ from symphony_vlm.moe import experts as experts_module
 from symphony_vlm.moe.configuration import MoEConfig
 from symphony_vlm.moe.experts import Experts
 from symphony_vlm.moe.layer import SparseMoE
-from symphony_vlm.moe.segments import ExpertParameters
+from symphony_vlm.moe.segments import ExpertParameters, compute_token
 
 NUM_EXPERTS, WIDTH, INNER = 6, 64, 96
 
@@ -108,6 +108,28 @@ def test_output_and_gradients_have_the_bits_of_autograds(
     for found, expected in zip(ours, results_of(experts, dtype, k), strict=True):
         assert found.dtype == expected.dtype and expected.abs().max() > 0.1
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "biases"])
+def test_a_single_token_gets_the_bits_that_it_gets_with_gradients(
+    bias: bool, dtype: torch.dtype, k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experts = make_experts(dtype, bias=bias, output_size=40)
+    tokens = inputs(1, k, dtype)
+    expected = experts(*tokens)
+    alone = Counter[str]()
+
+    def counted(*arguments: Any) -> Tensor:
+        alone["calls"] += 1
+        return compute_token(*arguments)
+
+    monkeypatch.setattr(experts_module, "compute_token", counted)
+    with torch.no_grad():
+        found = experts(*tokens)
+    assert alone["calls"] == 1 and expected.abs().max() > 0.1
+    assert found.dtype == expected.dtype and torch.equal(found, expected)
 
 
 def losses_of_twenty_steps() -> list[float]:
