@@ -1,4 +1,4 @@
-"""Commands about data: generated scenes, and the check before training."""
+"""Commands about data: generated scenes, held-out records, and the check before training."""
 
 from __future__ import annotations
 
@@ -35,6 +35,35 @@ def data_scenes(
     made = generate_scenes(output, train=train, test=test, seed=seed, image_size=image_size)
     summary = {"output": str(output), "train": made.train_images, "test": made.test_images, "sha256": made.sha256}
     finish(summary, json_, f"{made.train_images} training and {made.test_images} test pictures in {output}")
+
+
+@data_app.command("split")
+def data_split(
+    data: Annotated[Path, typer.Option(help="LLaVA JSON or JSONL.")],
+    output: Annotated[Path, typer.Option(help="New folder for the files train and test.")],
+    image_folder: Annotated[Optional[Path], typer.Option(help="Base of the records' image paths.")] = None,  # noqa: UP045
+    fraction: Annotated[float, typer.Option(help="Share of the records to hold out.")] = 0.1,
+    seed: Annotated[int, typer.Option(help="Another seed holds out other images.")] = 0,
+    json_: Json = False,
+) -> None:
+    """Divide a data file into one to train on and one to test on, so that no image is in both.
+
+    Example: symphony-vlm data split --data all.json --image-folder images --output parts --fraction 0.1
+    """
+    from symphony_vlm.data.datasets import open_samples
+    from symphony_vlm.data.held_out import write_held_out
+
+    made = write_held_out(open_samples(data, image_folder=image_folder), output, fraction=fraction, seed=seed)
+    numbers = {"train": made.train_records, "test": made.test_records}
+    summary = {"train": str(made.train), "test": str(made.test), "records": numbers}
+    lines = [
+        f"{sum(made.train_records.values())} records in {made.train}, {sum(made.test_records.values())} in {made.test}",
+        *(
+            f"  {name or 'without source'}: {made.train_records.get(name, 0)} and {made.test_records.get(name, 0)}"
+            for name in sorted(made.train_records.keys() | made.test_records.keys())
+        ),
+    ]
+    finish(summary, json_, "\n".join(lines))
 
 
 @data_app.command("check")

@@ -79,6 +79,10 @@ class SampleSource(Sequence[Sample]):
             return [self._sample(number) for number in range(len(self))[index]]
         return self._sample(range(len(self))[operator.index(index)])
 
+    def record(self, index: int) -> Any:
+        """One record as its file has it, unchecked."""
+        return self._records[index]
+
     def _sample(self, index: int) -> Sample:
         record = self._records[index]
         try:

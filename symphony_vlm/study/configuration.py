@@ -87,12 +87,14 @@ class StudyPictures(Schema):
     test: str | None = None
     development: str | None = None
     """What settings are chosen by, if the study chooses any."""
+    image_folder: str | None = None
+    """Base of the files' image paths; None: the folder of each file."""
     task: str = "short_answer"
 
     @model_validator(mode="after")
     def _one_source(self) -> StudyPictures:
-        if self.scenes is not None and (self.train or self.test or self.development):
-            raise ValueError("'scenes' are drawn; leave out 'train', 'test' and 'development'")
+        if self.scenes is not None and (self.train or self.test or self.development or self.image_folder):
+            raise ValueError("'scenes' are drawn; leave out 'train', 'test', 'development' and 'image_folder'")
         return self
 
 

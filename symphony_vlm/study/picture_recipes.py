@@ -44,20 +44,23 @@ def arm_recipe(study: Study, arm: str, seed: int, start: str | None) -> Recipe:
     return recipe.model_copy(update={"name": f"{recipe.name}_{arm}", "model": model, "stages": recipe.stages[index:]})
 
 
-def with_pictures(recipe: Recipe, *, train: str, captions: str | None, feature_cache: str, checked: bool) -> Recipe:
+def with_pictures(
+    recipe: Recipe, *, train: str, captions: str | None, image_folder: str | None, feature_cache: str, checked: bool
+) -> Recipe:
     """The recipe on these files, with features of frozen vision towers in that folder.
 
     Args:
         recipe: of the start or of an arm.
         train: data file.
         captions: data file; None: what the recipe has.
+        image_folder: base of the training file's image paths; None: its folder.
         feature_cache: folder.
         checked: whether a run before this one has decoded every picture.
     """
     data = recipe.data.model_copy(
         update={
             "scenes": None,
-            "train": [SourceConfig(path=train)],
+            "train": [SourceConfig(path=train, image_folder=image_folder)],
             "captions": recipe.data.captions if captions is None else [SourceConfig(path=captions)],
             "feature_cache": feature_cache,
             "check_images": recipe.data.check_images and not checked,

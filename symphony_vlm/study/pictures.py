@@ -72,7 +72,7 @@ class PictureSetting:
             )
         if "frost" in self._corruptions:
             find_frost_textures()
-        for part in ("train", "test", "development"):
+        for part in ("train", "test", "development", "image_folder"):
             path = getattr(self._pictures, part)
             if path is not None and not Path(path).expanduser().exists():
                 raise InputError("does not exist", where=f"pictures.{part}: {path}")
@@ -185,7 +185,14 @@ class PictureSetting:
         )
         # The vision tower is frozen in what the arms train themselves: one encodes a picture for all.
         cache = str(self._output / "features" / f"seed{seed}")
-        files = with_pictures(recipe, train=train, captions=captions, feature_cache=cache, checked=bool(start))
+        files = with_pictures(
+            recipe,
+            train=train,
+            captions=captions,
+            image_folder=self._pictures.image_folder,
+            feature_cache=cache,
+            checked=bool(start),
+        )
         run = ("--config", str(folder / "recipe.yaml"), "--output", str(folder / "run"))
         return Job(
             name=str(folder.relative_to(self._output)),
@@ -214,6 +221,7 @@ class PictureSetting:
         words = [word for pair in (*models, *options.items()) for word in pair]
         for name, limit in (("--limit", evaluation.limit), ("--corrupted-limit", evaluation.corrupted_limit)):
             words += [] if limit is None else [name, str(limit)]
+        words += [] if self._pictures.image_folder is None else ["--image-folder", self._pictures.image_folder]
         words += ["--routing"] if evaluation.routing else []
         return Job(
             name=str(folder.relative_to(self._output)),

@@ -23,6 +23,7 @@ GIVEN = {
     "scenes_arms": [],
     "scenes_small": [],
     "cifar10_arms": ["pictures.train=a.parquet", "pictures.test=b.parquet"],
+    "mixed_arms": ["pictures.train=a.json", "pictures.test=b.json", "pictures.image_folder=images"],
 }
 CONTROLS = {"uniform", "random", "shuffled"}
 

@@ -8,9 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 from fake_cells import finish, picture_study, small_study
 from rich.console import Console
 
+from symphony_vlm.errors import InputError
 from symphony_vlm.study.jobs import Job
 from symphony_vlm.study.language import LanguageSetting
 from symphony_vlm.study.pictures import PictureSetting
@@ -120,3 +122,22 @@ def test_arms_with_pictures_share_data_start_and_measurement(tmp_path: Path) -> 
     assert {line.strip() for line in different} == {
         *("name: tiny_smoe", "name: tiny_symphony", "router: smoe", "router: symphony_smoe")
     }
+
+
+def test_files_of_pictures_have_one_folder_of_images(tmp_path: Path) -> None:
+    files = {name: str(tmp_path / f"{name}.json") for name in ("train", "test")}
+    study = picture_study(pictures={"task": "scenes", **files, "image_folder": str(tmp_path / "images")})
+    setting = PictureSetting(study, tmp_path / "study")
+    for path in files.values():
+        Path(path).write_text("[]", encoding="utf-8")
+    with pytest.raises(InputError, match=r"pictures\.image_folder: .*images: does not exist"):
+        setting.prepare()
+    (tmp_path / "images").mkdir()
+    setting.prepare()
+    jobs = {one.name: one for one in setting.jobs("test", ["smoe", "symphony"])}
+    recipe = yaml.safe_load(jobs["cells/pictures/smoe/seed0"].files["recipe.yaml"])
+    (source,) = recipe["data"]["train"]
+    assert source["path"] == files["train"] and source["image_folder"] == str(tmp_path / "images")
+    evaluate = jobs["evaluation/test/seed0"].commands["evaluate"]
+    assert evaluate[evaluate.index("--image-folder") + 1] == str(tmp_path / "images")
+    assert evaluate[evaluate.index("--data") + 1] == files["test"]
