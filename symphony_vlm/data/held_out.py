@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from symphony_vlm.data.datasets import SampleSource
+from symphony_vlm.data.images import image_bytes, image_key
+from symphony_vlm.data.sample import ImageRef
 from symphony_vlm.data.split import split_by_image
 from symphony_vlm.errors import InputError
 from symphony_vlm.files import replacing_folder
@@ -31,7 +34,8 @@ class HeldOut:
 def write_held_out(source: SampleSource, output: Path, *, fraction: float, seed: int) -> HeldOut:
     """Write ``train`` and ``test`` in the format of the source, records as they are and in their order.
 
-    The division is that of `split_by_image`. Image paths stay relative to the source's image folder.
+    The division is that of `split_by_image`, where images of the same bytes are one. Image paths stay relative to the
+    source's image folder.
 
     Args:
         source: of a ``.json`` or ``.jsonl`` file.
@@ -40,7 +44,7 @@ def write_held_out(source: SampleSource, output: Path, *, fraction: float, seed:
         seed: another seed holds out other images.
 
     Raises:
-        InputError: another format, a folder that exists, a malformed record, or only one image.
+        InputError: another format, a folder that exists, a malformed record, a missing image, or only one.
     """
     suffix = source.path.suffix
     if suffix not in (".json", ".jsonl"):
@@ -53,7 +57,7 @@ def write_held_out(source: SampleSource, output: Path, *, fraction: float, seed:
         raise InputError("exists already", where=f"output {str(output)!r}", remedy="Name a new folder.")
     if not 0 < fraction < 1:
         raise InputError(f"is {fraction}; it must be above 0 and below 1", where="fraction")
-    train, test = split_by_image(source, range(len(source)), fraction=fraction, seed=seed)
+    train, test = split_by_image(source, range(len(source)), fraction=fraction, seed=seed, key=_content_keys())
     if not test:
         raise InputError("all records share one image, so none can be held out", where=str(source.path))
     parts = {"train": train, "test": test}
@@ -67,6 +71,19 @@ def write_held_out(source: SampleSource, output: Path, *, fraction: float, seed:
         train_records=counts["train"],
         test_records=counts["test"],
     )
+
+
+def _content_keys() -> Callable[[ImageRef], str]:
+    """The hash of an image's bytes; each file is read once."""
+    found: dict[str, str] = {}
+
+    def key(ref: ImageRef) -> str:
+        name = image_key(ref)
+        if name not in found:
+            found[name] = hashlib.sha256(image_bytes(ref)).hexdigest()
+        return found[name]
+
+    return key
 
 
 def _write(path: Path, source: SampleSource, indices: Sequence[int]) -> dict[str, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from symphony_vlm.data.images import image_key
 from symphony_vlm.data.sample import ImageRef, Sample
@@ -14,7 +14,12 @@ __all__ = ["portable_name", "split_by_image"]
 
 
 def split_by_image(
-    source: Sequence[Sample], usable: Sequence[int], *, fraction: float, seed: int
+    source: Sequence[Sample],
+    usable: Sequence[int],
+    *,
+    fraction: float,
+    seed: int,
+    key: Callable[[ImageRef], str] = image_key,
 ) -> tuple[list[int], list[int]]:
     """Choose validation records, deterministically, by image.
 
@@ -29,6 +34,7 @@ def split_by_image(
         fraction: Share of the records for validation, 0 to below 1. Above 0 each side gets at least one group, if there
             are two.
         seed: Another seed chooses other groups.
+        key: What makes two references the same image.
 
     Returns:
         Training and validation indices, each in the order of ``usable``.
@@ -40,7 +46,7 @@ def split_by_image(
         raise InputError(f"the validation fraction is {fraction}; it must be at least 0 and below 1")
     if fraction == 0:
         return list(usable), []
-    groups = _groups(source, usable, seed)
+    groups = _groups(source, usable, seed, key)
     chosen = _choose(groups, target=max(1, round(fraction * len(usable)))) if len(groups) > 1 else set()
     return [index for index in usable if index not in chosen], [index for index in usable if index in chosen]
 
@@ -59,14 +65,16 @@ def _choose(groups: Sequence[Sequence[int]], *, target: int) -> set[int]:
     return {index for group in taken for index in group}
 
 
-def _groups(source: Sequence[Sample], usable: Sequence[int], seed: int) -> list[list[int]]:
+def _groups(
+    source: Sequence[Sample], usable: Sequence[int], seed: int, key_of: Callable[[ImageRef], str]
+) -> list[list[int]]:
     """Groups of record indices, in the order in which they are taken for validation."""
     parent: dict[str, str] = {}
     rank: dict[str, str] = {}
     first_key: dict[int, str] = {}
     for index in usable:
         sample = source[index]
-        names = {image_key(ref): portable_name(ref) for ref in sample.images} or {f"id:{sample.id}": f"id:{sample.id}"}
+        names = {key_of(ref): portable_name(ref) for ref in sample.images} or {f"id:{sample.id}": f"id:{sample.id}"}
         for key, name in names.items():
             parent.setdefault(key, key)
             rank[key] = min(rank.get(key, "~"), hashlib.sha256(f"{seed}:{name}".encode()).hexdigest())

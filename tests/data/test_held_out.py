@@ -68,6 +68,23 @@ def test_both_files_together_are_the_one_and_share_no_image(tmp_path: Path, imag
     assert read(other.test) != test
 
 
+def test_copies_of_a_picture_under_another_name_are_the_same_picture(tmp_path: Path, images: Path) -> None:
+    for number in range(1, 20):
+        (images / f"p{number}.png").write_bytes((images / f"p{number % 2}.png").read_bytes())
+    rows = [row for row in records() if "image" in row]
+    source = open_samples(write(tmp_path / "all.json", rows), image_folder=images)
+    made = write_held_out(source, tmp_path / "parts", fraction=0.5, seed=0)
+    odd = [{int(row["image"][1:-4]) % 2 for row in read(path)} for path in (made.train, made.test)]
+    assert sorted(map(sorted, odd)) == [[0], [1]]
+
+
+def test_a_picture_that_is_missing_is_named(tmp_path: Path, images: Path) -> None:
+    (images / "p7.png").unlink()
+    source = open_samples(write(tmp_path / "all.json", records()), image_folder=images)
+    with pytest.raises(InputError, match=r"p7\.png"):
+        write_held_out(source, tmp_path / "parts", fraction=0.5, seed=0)
+
+
 def test_the_command_says_how_many_of_each_source(tmp_path: Path, images: Path) -> None:
     data = write(tmp_path / "all.json", records())
     options = ["--data", str(data), "--image-folder", str(images), "--output", str(tmp_path / "parts")]
