@@ -206,6 +206,8 @@ def make_trainer(
         ],
     )
     _drop_default_printer(trainer)
+    if isinstance(trainer.model, PreTrainedModel):
+        keep_cache_(trainer.model)
     if stage.compile:
         compile_layers_(model, arguments.device)
     saves = max(1, steps // save_steps)
@@ -257,8 +259,6 @@ def fit(trainer: StageTrainer, stage: StageConfig, context: RunContext) -> None:
     number = trainer.stop.number(trainer.args.device)
     if number:
         raise _stopped(stage.name, number, trainer, context, seconds)
-    if isinstance(trainer.model, PreTrainedModel):
-        keep_cache_(trainer.model)
     if trainer.average is not None:
         trainer.average.apply_(trainer.model)
     # Whoever saves the result finds all of it.

@@ -150,10 +150,12 @@ def test_the_saved_model_opens_from_a_folder_of_any_name_with_the_same_bits(tiny
 @pytest.mark.parametrize("stage", STAGES[1:])
 def test_trained_models_keep_keys_and_values_when_they_generate(tiny_run: Any, stage: str) -> None:
     """The Trainer switches that off in the settings; saved, it would make every new token read the prompt again."""
-    folder = tiny_run.folder / stage / "model"
-    settings = [json.loads((folder / name).read_text()) for name in ("config.json", "generation_config.json")]
-    settings += [settings[0].get("text_config") or {}]
-    assert all(found.get("use_cache") is not False for found in settings)
+    checkpoints = list((tiny_run.folder / stage).glob("checkpoint-*"))
+    assert checkpoints
+    for folder in (tiny_run.folder / stage / "model", *checkpoints):
+        settings = [json.loads((folder / name).read_text()) for name in ("config.json", "generation_config.json")]
+        settings += [settings[0].get("text_config") or {}]
+        assert all(found.get("use_cache") is not False for found in settings), folder
 
 
 def test_a_stage_that_starts_from_a_model_saved_without_a_cache_saves_one_with_it(
