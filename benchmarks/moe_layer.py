@@ -121,6 +121,7 @@ class _Layer:
         separate = list(networks.parameters())
         return {
             "segments": (self._implementation("segments"), ours),
+            "fused": (self._implementation("fused"), ours),
             "HF grouped_mm": (self._implementation("grouped_mm"), ours),
             "HF eager": self._eager(),
             "LibMoE loop": (partial(_libmoe_loop, networks), separate),

@@ -98,7 +98,9 @@ class MoEConfig:
     expert_init_noise: float = 0.0
     """Standard deviation of the noise added to each expert's copy, relative to the dense weights' own."""
 
-    experts_implementation: Literal["auto", "segments", "grouped_mm", "batched_mm", "deepgemm", "sonicmoe"] = "auto"
+    experts_implementation: Literal["auto", "segments", "fused", "grouped_mm", "batched_mm", "deepgemm", "sonicmoe"] = (
+        "auto"
+    )
     """How experts are computed; ``auto`` chooses by device and shape, see `experts.Experts`."""
 
     balance_loss_weight: float = 0.01

@@ -20,6 +20,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from symphony_vlm.errors import InputError
+from symphony_vlm.moe.fused import compute_fused, is_available
 from symphony_vlm.moe.segments import ExpertParameters, compute_grouped, compute_segments, compute_token
 from symphony_vlm.moe.token_exchange import ExpertShard
 
@@ -46,9 +47,11 @@ class Experts(nn.Module):
     """E experts; a token's output is the weighted sum over its K experts. No token is ever dropped.
 
     How they are computed is the attribute `implementation`: ``segments`` (here: grouped products where sizes and
-    device allow them, else a product for each expert), a function that transformers has registered (``grouped_mm``,
-    ``batched_mm``, ``deepgemm``, ``sonicmoe``), or ``auto``: ``segments``, but for the few shapes for which
-    ``batched_mm`` is faster. Transformers' ``eager`` is left out on purpose: its backward grows with E squared.
+    device allow them, else a product for each expert), ``fused`` (the same on a CPU in fp32 by operations that are
+    compiled when first used, for SwiGLU without biases; of other types, on other devices and without a compiler it is
+    ``segments``), a function that transformers has registered (``grouped_mm``, ``batched_mm``, ``deepgemm``,
+    ``sonicmoe``), or ``auto``: ``segments``, but for the few shapes for which ``batched_mm`` is faster. Transformers'
+    ``eager`` is left out on purpose: its backward grows with E squared.
 
     Args:
         num_experts: E.
@@ -138,7 +141,9 @@ class Experts(nn.Module):
         name = self.implementation
         if name == "auto":
             name = self._fitting_implementation(x_TD)
-        if name == "segments":
+        if name == "fused" and self._can_fuse(x_TD):
+            return compute_fused(x_TD, weights_TK, indices_TK, self.gate_up_proj, self.down_proj)
+        if name in ("fused", "segments"):
             return self._segments(x_TD, weights_TK, indices_TK)
         # Autocast knows none of the grouped products: it would leave them in the precision of the weights.
         experts: Any = _Cast(self, x_TD.dtype) if torch.is_autocast_enabled(x_TD.device.type) else self
@@ -172,6 +177,17 @@ class Experts(nn.Module):
             return compute_token
         return compute_grouped if self._can_group(x_TD) else compute_segments
 
+    def _can_fuse(self, x_TD: Tensor) -> bool:
+        if not self.has_gate or self.has_bias or self.config.hidden_act != "silu":
+            raise InputError(
+                "'fused' computes gated SiLU experts without biases; these have another form",
+                where="moe.experts_implementation",
+                remedy="Use auto or segments.",
+            )
+        types = {x_TD.dtype, self.gate_up_proj.dtype}
+        is_plain = x_TD.device.type == "cpu" and types == {torch.float32} and not torch.compiler.is_compiling()
+        return is_plain and is_available()
+
     def _can_group(self, x_TD: Tensor) -> bool:
         """Whether the products are grouped: by torch 2.10 or later, for these sizes, on this device."""
         if not hasattr(F, "grouped_mm") or x_TD.dtype not in _GROUPED_TYPES or not self._fits_grouped_mm(x_TD):
@@ -192,7 +208,7 @@ class Experts(nn.Module):
     def _registered(self, name: str) -> Callable[..., Any]:
         """A function of transformers, if it exists and its assumptions hold here."""
         if name not in ALL_EXPERTS_FUNCTIONS:
-            known = ", ".join(["auto", "segments", *ALL_EXPERTS_FUNCTIONS.valid_keys()])
+            known = ", ".join(["auto", "segments", "fused", *ALL_EXPERTS_FUNCTIONS.valid_keys()])
             raise InputError(f"{name!r} is not one of {known}", where="moe.experts_implementation")
         if not self._is_square:
             raise InputError(
