@@ -50,7 +50,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "plain": {"hidden_act": "gelu", "gated": False},
     "plain with biases": {"hidden_act": "quick_gelu", "gated": False, "bias": True},
 }
-IMPLEMENTATIONS = ["segments", "grouped_mm", "batched_mm"]
+IMPLEMENTATIONS = {form: ["segments", "grouped_mm", "batched_mm"] for form in FORMS}
+IMPLEMENTATIONS["gated"].append("fused")  # knows no other form
 ROUTINGS: dict[str, Callable[[int, torch.Generator], Tensor]] = {
     "even": lambda rank, _: (torch.arange(12)[:, None] + torch.arange(2)) % EXPERTS,
     "uneven": lambda rank, generator: torch.rand(TOKENS[rank], EXPERTS, generator=generator).argsort(-1)[:, :2],
@@ -122,7 +123,7 @@ def compute_layers(rank: int) -> dict[str, Any]:
     """Experts with every form, implementation and routing, and whole layers, on this rank's tokens."""
     results: dict[str, Any] = {}
     for form in FORMS:
-        for implementation in IMPLEMENTATIONS:
+        for implementation in IMPLEMENTATIONS[form]:
             layer = make_layer(form, implementation)
             shard_experts_(layer)
             for routing in ROUTINGS:
@@ -172,7 +173,7 @@ def compute_layers_alone() -> dict[str, Any]:
         return layer
 
     for form in FORMS:
-        for implementation in IMPLEMENTATIONS:
+        for implementation in IMPLEMENTATIONS[form]:
             for routing in ROUTINGS:
                 # An implementation of transformers' that cannot do nothing is compared with one that can.
                 able = "segments" if routing == "no token at all" else implementation
