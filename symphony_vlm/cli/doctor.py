@@ -21,7 +21,7 @@ STYLES = {"ok": "green", "absent": "dim", "warning": "yellow", "broken": "bold r
 
 @app.command()
 def doctor(
-    compile_: Annotated[bool, typer.Option("--compile", help="Try torch.compile too (up to a minute).")] = False,
+    compile_: Annotated[bool, typer.Option("--compile", help="Try compiled parts too (up to a minute).")] = False,
     json_: Json = False,
 ) -> None:
     """Try every part of this installation: what works, what does not, what to do. Exit code 1: something needed fails.

@@ -16,7 +16,7 @@ def device_checks(*, compile_: bool) -> list[Check]:
     """Checks of this machine's devices.
 
     Args:
-        compile_: whether to try torch.compile too, which takes up to a minute.
+        compile_: whether to try what is compiled here too, which takes up to a minute.
     """
     checks = [
         Check(name="accelerators", group="Devices", run=accelerators),
@@ -24,7 +24,10 @@ def device_checks(*, compile_: bool) -> list[Check]:
         Check(name="sparse layer", group="Devices", run=sparse_layer, required=True),
         Check(name="C++ compiler", group="Devices", run=cpp_compiler),
     ]
-    return [*checks, Check(name="torch.compile", group="Devices", run=compilation)] if compile_ else checks
+    if compile_:
+        checks.append(Check(name="torch.compile", group="Devices", run=compilation))
+        checks.append(Check(name="fused experts", group="Devices", run=fused_experts))
+    return checks
 
 
 def accelerators() -> Outcome:
@@ -108,9 +111,9 @@ def sparse_layer() -> Outcome:
 
 
 def cpp_compiler() -> Outcome:
-    """What torch.compile on a CPU and DeepSpeed's extensions are built with."""
+    """What torch.compile on a CPU, DeepSpeed's extensions and our own are built with."""
     name = os.environ.get("CXX") or next((c for c in ("g++", "clang++", "c++") if shutil.which(c)), None)
-    need = "torch.compile on a CPU and the deepspeed engines"
+    need = "torch.compile on a CPU, the deepspeed engines and fused experts"
     if name is None:
         return Outcome(status="absent", detail=f"for {need}", remedy="Debian, Ubuntu: apt install g++ python3-dev")
     if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
@@ -139,3 +142,31 @@ def compilation() -> Outcome:
     if not bool((result == 1).all()):
         return Outcome(status="broken", detail="a compiled addition is wrong", remedy="Leave compile: false.")
     return Outcome(status="ok", detail=f"works on {device.type}")
+
+
+def fused_experts() -> Outcome:
+    """``experts_implementation: fused`` on the CPU, against a product for each token."""
+    import torch
+
+    from symphony_vlm.moe.experts import Experts
+    from symphony_vlm.moe.fused import load
+
+    try:
+        load()
+    except OSError as error:
+        return Outcome(
+            status="absent",
+            detail=f"experts_implementation: fused computes segments: {str(error)[:200]}",
+            remedy="Install a C++ compiler, or use the default, auto.",
+        )
+    torch.manual_seed(0)
+    experts = Experts(4, 16, 32, "silu", implementation="fused")
+    experts.reset(std=0.2)
+    arguments = (torch.randn(12, 16), torch.full((12, 2), 0.5), torch.rand(12, 4).topk(2).indices)
+    fused_TD = experts(*arguments)
+    experts.implementation = "batched_mm"
+    difference = float((fused_TD - experts(*arguments)).detach().abs().max())
+    # Sums of 32 fp32 products of at most 1.
+    if difference > 1e-5:
+        raise RuntimeError(f"fused experts differ from a product for each token by {difference:.1e}")
+    return Outcome(status="ok", detail=f"a product for each token and fused ones agree to {difference:.0e}")

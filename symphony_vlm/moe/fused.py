@@ -83,24 +83,32 @@ _fused: Callable[..., Tensor] = _Fused.apply
 
 @functools.cache
 def is_available() -> bool:
-    """Whether the operations are there. The first call on a machine compiles them, which takes some ten seconds.
-
-    They are kept where torch keeps its extensions (``TORCH_EXTENSIONS_DIR``, else torch's cache folder), by everything
-    that they hang on. Where they cannot be compiled or loaded a warning says why, once.
-    """
+    """Whether the operations are there, after `load`; where they are not, a warning says why, once."""
     try:
-        library = _library()
-        if not library.exists():
-            _compile(library)
-        torch.ops.load_library(library)
-    except (OSError, subprocess.SubprocessError) as error:
+        load()
+    except OSError as error:
         _log.warning(
             "experts_implementation 'fused' is not available: %s. 'segments' computes the experts, with the same "
             "results but for rounding; with a C++ compiler (g++, or the one that CXX names) 'fused' builds itself.",
-            _reason(error),
+            error,
         )
         return False
     return True
+
+
+def load() -> None:
+    """Makes the operations known to torch. The first call on a machine compiles them, which takes some ten seconds.
+
+    They are kept where torch keeps its extensions (``TORCH_EXTENSIONS_DIR``, else torch's cache folder), by everything
+    that they hang on.
+
+    Raises:
+        OSError: they cannot be compiled, kept or loaded.
+    """
+    library = _library()
+    if not library.exists():
+        _compile(library)
+    torch.ops.load_library(library)
 
 
 def _library() -> Path:
@@ -124,12 +132,7 @@ def _flags() -> list[str]:
 
 
 def _compile(library: Path) -> None:
-    """In a folder of its own and then renamed, so that several processes at once, or one that is killed, do no harm.
-
-    Raises:
-        OSError: there is no compiler, or no place.
-        subprocess.SubprocessError: it fails, or takes ten minutes.
-    """
+    """In a folder of its own and then renamed, so that several processes at once, or one that is killed, do no harm."""
     _log.info("compiling %s for this machine, once", SOURCE.name)
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
@@ -138,12 +141,9 @@ def _compile(library: Path) -> None:
         command += [f"-I{path}" for path in cpp_extension.include_paths("cpu")]
         command += [f"-L{path}" for path in cpp_extension.library_paths("cpu")]
         command += ["-ltorch", "-ltorch_cpu", "-lc10"]
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=600)
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            lines = done.stderr.splitlines()
+            reason = next((line for line in lines if "error" in line), lines[0] if lines else "")
+            raise OSError(f"{command[0]} fails with exit status {done.returncode}: {reason.strip()}")
         built.replace(library)
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, subprocess.CalledProcessError):
-        wrong = [line for line in error.stderr.splitlines() if "error" in line]
-        return f"{error.cmd[0]} fails: {(wrong or error.stderr.splitlines() or [''])[0].strip()}"
-    return str(error)

@@ -14,6 +14,7 @@ import torch
 
 from symphony_vlm.doctor import devices, libraries, surroundings
 from symphony_vlm.doctor.devices import device_checks
+from symphony_vlm.moe import fused
 
 REPOSITORY = Path(__file__).parents[2]
 REQUIREMENT = re.compile(r'^  "([A-Za-z0-9_.-]+)[^"]*",$', re.M)
@@ -102,8 +103,30 @@ def test_no_compiler_is_no_fault_of_the_package(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_compilation_is_tried_only_when_asked_for() -> None:
-    assert [check.name for check in device_checks(compile_=True)][-1] == "torch.compile"
-    assert "torch.compile" not in [check.name for check in device_checks(compile_=False)]
+    compiled = [check.name for check in device_checks(compile_=True)][-2:]
+    assert compiled == ["torch.compile", "fused experts"]
+    assert not set(compiled) & {check.name for check in device_checks(compile_=False)}
+
+
+def test_fused_experts_are_compared_with_the_plain_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not fused.is_available():
+        pytest.skip("no C++ compiler here")
+    outcome = devices.fused_experts()
+    assert outcome.status == "ok" and "agree to" in outcome.detail
+    # A quarter of each weight's share goes astray.
+    wrong = lambda x_TD, weights_TK, *rest: fused.compute_fused(x_TD, 0.75 * weights_TK, *rest)  # noqa: E731
+    monkeypatch.setattr("symphony_vlm.moe.experts.compute_fused", wrong)
+    with pytest.raises(RuntimeError, match="fused experts differ from a product for each token"):
+        devices.fused_experts()
+
+
+def test_fused_experts_without_a_compiler_are_absent_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    outcome = devices.fused_experts()
+    assert outcome.status == "absent" and "/no/such/compiler" in outcome.detail
 
 
 def test_a_folder_that_cannot_be_written_to_is_broken(tmp_path: Path) -> None:
