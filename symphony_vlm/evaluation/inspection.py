@@ -43,6 +43,8 @@ class LayerFacts:
     """Module name."""
     num_experts: int
     num_experts_per_tok: int
+    expert_distance: float
+    """Between the experts' weights, as `expert_distance` gives it: 0 for copies, near 1.41 for unrelated ones."""
     load: dict[str, Any]
     """As `LoadStatistics.read` gives it."""
     graph: dict[str, Any] | None
@@ -86,7 +88,7 @@ def inspect_model(
         InputError: no such model, or it has no sparse layers; the data cannot be used.
     """
     from symphony_vlm.moe.recording import sparse_layers
-    from symphony_vlm.moe.statistics import graph_statistics
+    from symphony_vlm.moe.statistics import expert_distance, graph_statistics
 
     console = console or Console(stderr=True)
     if data is None and (image_folder is not None or limit is not None):
@@ -122,6 +124,7 @@ def inspect_model(
                 name=module,
                 num_experts=config.num_experts,
                 num_experts_per_tok=config.num_experts_per_tok,
+                expert_distance=expert_distance(layer.experts),
                 load=loads[str(layer.key)],
                 graph=graph,
             )
@@ -203,7 +206,8 @@ def table(inspection: Inspection) -> Table:
         title=f"{inspection.model}: {inspection.router}",
         caption=(
             f"Load and entropies: {inspection.load_source}. Entropies in nats; a uniform gate has ln E = {uniform}. "
-            "No token is dropped: experts have no limit."
+            "No token is dropped: experts have no limit. Apart: distance between experts' weights over their size; "
+            "0 for copies, 1.41 for unrelated ones."
             + (" Edges: giving→receiving expert:weight. Drift: mean ‖A_t - A_t-1‖_F." if has_graph else "")
         ),
         title_justify="left",
@@ -211,19 +215,19 @@ def table(inspection: Inspection) -> Table:
         box=None,
         padding=(0, 1, 0, 0),
     )
-    names = ["layer", "E/K", "load\nCV", "gate\nentropy", "token\nentropy"]
+    names = ["layer", "E/K", "apart", "load\nCV", "gate\nentropy", "token\nentropy"]
     if has_graph:
-        names += ["self\nweight", "spectral\ngap", "heaviest\nedges", "updates", "drift\nper step"]
+        names += ["self\nweight", "eigen\ngap", "heaviest\nedges", "updates", "drift\na step"]
     for name in names:
         left = name in ("layer", "heaviest\nedges")
         result.add_column(name, justify="left" if left else "right", no_wrap="edges" not in name)
     for layer in inspection.layers:
         load, graph = layer.load, layer.graph
-        cells = [layer.layer, f"{layer.num_experts}/{layer.num_experts_per_tok}", f"{load['load_cv']:.3f}"]
-        cells += [f"{load['gate_entropy']:.3f}", f"{load['token_entropy']:.3f}"]
+        cells = [layer.layer, f"{layer.num_experts}/{layer.num_experts_per_tok}", f"{layer.expert_distance:.2f}"]
+        cells += [f"{load[name]:.3f}" for name in ("load_cv", "gate_entropy", "token_entropy")]
         if graph is not None:
             cells += [f"{graph['self_weight']:.3f}", f"{graph['spectral_gap']:.3f}"]
-            cells += [" ".join(f"{giver}→{receiver}:{weight:.3f}" for receiver, giver, weight in graph["top_edges"])]
+            cells += [" ".join(f"{giver}→{receiver}:{weight:.2f}" for receiver, giver, weight in graph["top_edges"])]
             cells += [str(graph["num_updates"]), "-" if graph["drift"] is None else f"{graph['drift']:.1e}"]
         result.add_row(*cells)
     return result

@@ -1,12 +1,13 @@
 """Routing statistics, accumulated on the device and read only when somebody asks.
 
-Shape letters: T tokens, E experts, K experts per token.
+Shape letters: T tokens, E experts, K experts per token, P numbers of one expert in one parameter.
 
 No statistic of dropped tokens: experts have no capacity limit, so none is ever dropped.
 """
 
 from __future__ import annotations
 
+import math
 from typing import TypeVar
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from symphony_vlm.moe.expert_graph import expert_graphs
 from symphony_vlm.moe.router import RouterOutput
 
-__all__ = ["GraphDrift", "LoadStatistics", "graph_statistics", "sum_over_processes"]
+__all__ = ["GraphDrift", "LoadStatistics", "expert_distance", "graph_statistics", "sum_over_processes"]
 
 Key = TypeVar("Key")
 
@@ -144,3 +145,25 @@ def graph_statistics(model: nn.Module, *, num_edges: int = 3) -> dict[str, dict[
             "num_updates": int(graph.num_updates),
         }
     return result
+
+
+@torch.no_grad()
+def expert_distance(experts: nn.Module) -> float:
+    """How far a layer's experts are apart: the root mean square of ||W_i - W_j|| over pairs, over that of ||W_i||.
+
+    W is all weights of one expert. 0: copies, as upcycling makes them; near 1.41: nothing in common.
+
+    Args:
+        experts: with stacked parameters, ``[E, ...]`` each.
+    """
+    apart = size = 0.0
+    for parameter in experts.parameters():
+        weights_EP = parameter.flatten(1).float()
+        num_experts = len(weights_EP)
+        # Of all ordered pairs sum ||W_i - W_j||^2 is 2 E sum ||W_i - mean||^2, without a difference of large sums.
+        centred_EP = weights_EP - weights_EP.mean(0)
+        apart += 2 * num_experts * float(centred_EP.square().sum())
+        size += float(weights_EP.square().sum())
+    if num_experts == 1 or size == 0.0:
+        return 0.0
+    return math.sqrt(apart / (num_experts - 1) / size)

@@ -223,6 +223,7 @@ def made_up(
                 name=LAYER.format(index),
                 num_experts=experts,
                 num_experts_per_tok=k,
+                expert_distance=0.125,
                 load={
                     "load": load.tolist(),
                     "load_cv": float(load.std() / load.mean()),
@@ -258,11 +259,11 @@ def test_the_table_has_every_figure_in_80_columns(experts: int) -> None:
         row = next(line for line in shown.splitlines() if line.startswith(layer.layer + " "))
         figures = row.split()
         assert figures[:2] == [layer.layer, f"{experts}/2"]
-        assert figures[2] == f"{layer.load['load_cv']:.3f}"
-        assert figures[3:7] == ["1.250", "0.750", "0.500", "0.250"]
+        assert figures[2:4] == ["0.12", f"{layer.load['load_cv']:.3f}"]
+        assert figures[4:8] == ["1.250", "0.750", "0.500", "0.250"]
         # Row 'experts - 1' of the matrix takes from expert 0.
-        assert figures[7] == f"0→{experts - 1}:0.400"
-        assert figures[8:] == ["123456", "1.5e-03"]
+        assert figures[8] == f"0→{experts - 1}:0.40"
+        assert figures[9:] == ["123456", "1.5e-03"]
     text = " ".join(shown.split())
     assert "12 records of a.json" in text
     assert f"ln E = {math.log(experts):.3f}" in text
@@ -272,7 +273,7 @@ def test_the_table_has_every_figure_in_80_columns(experts: int) -> None:
 def test_the_table_of_a_plain_router_says_nothing_of_graphs() -> None:
     shown = _shown(made_up(layers=2, experts=4, graph=False), 80)
     assert "entropy" in shown
-    for word in ("spectral", "heaviest", "drift", "Edges"):
+    for word in ("eigen", "heaviest", "drift", "Edges"):
         assert word not in shown
 
 
@@ -335,7 +336,7 @@ def test_the_command_prints_the_table_or_the_summary(
         cli.main([*arguments, "--output", str(tmp_path / "out")])
     assert not stop.value.code
     shown = capsys.readouterr().out
-    assert "symphony_smoe" in shown and "spectral" in shown
+    assert "symphony_smoe" in shown and "eigen" in shown
     assert shown.splitlines()[-1] == str(tmp_path / "out" / "adjacency.png")
     with pytest.raises(SystemExit):
         cli.main([*arguments, "--json"])

@@ -20,7 +20,7 @@ from symphony_vlm.moe.configuration import MoEConfig
 from symphony_vlm.moe.expert_graph import expert_graphs, normalize_counts, update_expert_graphs
 from symphony_vlm.moe.layer import SparseMoE
 from symphony_vlm.moe.router import RouterOutput
-from symphony_vlm.moe.statistics import GraphDrift, LoadStatistics, graph_statistics
+from symphony_vlm.moe.statistics import GraphDrift, LoadStatistics, expert_distance, graph_statistics
 
 
 def routed(logits_TE: Tensor, k: int = 2) -> RouterOutput:
@@ -252,3 +252,38 @@ def test_top_edges_name_the_receiver_first_as_the_matrix_does() -> None:
     for found in graph_statistics(model, num_edges=2).values():
         assert found["top_edges"] == [(1, 3, 0.5), (2, 0, 0.25)]
     assert [len(found["top_edges"]) for found in graph_statistics(model, num_edges=9).values()] == [3, 3]  # type: ignore[arg-type]
+
+
+def stacked(*shapes: tuple[int, ...]) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.ParameterList(torch.randn(shape) for shape in shapes)
+
+
+def test_the_distance_of_experts_is_that_of_all_pairs() -> None:
+    experts = stacked((5, 4, 3), (5, 7))
+    flat_EP = torch.cat([part.detach().flatten(1) for part in experts.parameters()], 1).double()
+    pairs = torch.pdist(flat_EP).square().mean()
+    expected = (pairs / flat_EP.square().sum(1).mean()).sqrt()
+    # Sums of 19 fp32 squares.
+    assert expert_distance(experts) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_copies_have_no_distance_and_unrelated_experts_that_of_a_right_angle() -> None:
+    experts = stacked((6, 64, 64))
+    assert expert_distance(experts) == pytest.approx(math.sqrt(2), rel=0.02)  # 4,096 random numbers each
+    with torch.no_grad():
+        for part in experts.parameters():
+            part.copy_(part[:1].expand_as(part))
+    assert expert_distance(experts) < 1e-6
+    with torch.no_grad():
+        next(experts.parameters())[0] += 1e-3 * torch.randn(64, 64)
+    # One of six is a thousandth away, so five of fifteen pairs are.
+    assert expert_distance(experts) == pytest.approx(1e-3 * math.sqrt(5 / 15), rel=0.05)
+
+
+def test_a_single_expert_and_experts_of_zeros_have_no_distance() -> None:
+    assert expert_distance(stacked((1, 4, 4))) == 0.0
+    empty = stacked((3, 4))
+    with torch.no_grad():
+        next(empty.parameters()).zero_()
+    assert expert_distance(empty) == 0.0
