@@ -40,6 +40,7 @@ Function = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Tokens, weights and indices to the layer's output."""
 
 ON_A_CPU = [(T, 512, 1024, E, 2) for T, E in [*product((64, 1024), (4, 8, 16)), (8192, 8)]]
+ON_A_CPU.append((1024, 128, 256, 8, 2))  # as small as the models of studies
 ON_CUDA = [
     (8192, 2048, 5632, 4, 2),
     (32768, 2048, 5632, 4, 2),
