@@ -30,6 +30,7 @@ from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from benchmarks.measure import Case, Plan, Result, Work
+from symphony_vlm.moe import fused
 from symphony_vlm.moe.experts import Experts
 
 __all__ = ["PLAN", "cases", "summary"]
@@ -120,9 +121,10 @@ class _Layer:
             return {name: contender for name, contender in loading.items() if self._loads(run, name, *contender)}
         networks = self._networks()
         separate = list(networks.parameters())
+        # Where it cannot be compiled there is a warning, and it would be `segments` under another name.
+        names = ["segments", "fused"] if fused.is_available() else ["segments"]
         return {
-            "segments": (self._implementation("segments"), ours),
-            "fused": (self._implementation("fused"), ours),
+            **{name: (self._implementation(name), ours) for name in names},
             "HF grouped_mm": (self._implementation("grouped_mm"), ours),
             "HF eager": self._eager(),
             "LibMoE loop": (partial(_libmoe_loop, networks), separate),

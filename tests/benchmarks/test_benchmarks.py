@@ -16,6 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from symphony_vlm.moe import fused
+
 REPOSITORY = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 PROGRAMS = {"measure", "paired_stages", "run", "stage_recipe", "terminal_display", "train_stage"}
@@ -202,7 +204,8 @@ def test_the_layer_is_measured_against_its_limit_and_everybody_else(
     run: Callable[[str], tuple[str, dict[str, Any]]],
 ) -> None:
     forward, both = run("moe_layer")[1]["cases"]
-    others = ["segments", "HF grouped_mm", "HF eager", "LibMoE loop", "CuMo loop"]
+    ours = ["segments", "fused"] if fused.is_available() else ["segments"]
+    others = [*ours, "HF grouped_mm", "HF eager", "LibMoE loop", "CuMo loop"]
     for case in (forward, both):
         assert list(case["timings"]) == ["dense", "dense in chunks", "products alone", *others]
         assert case["limit"] == min(case["timings"][name]["seconds"] for name in ("dense", "dense in chunks"))
