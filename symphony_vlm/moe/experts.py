@@ -20,7 +20,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from symphony_vlm.errors import InputError
-from symphony_vlm.moe.fused import compute_fused, is_available
+from symphony_vlm.moe.fused import compute_fused, is_available, warn_of_segments
 from symphony_vlm.moe.segments import ExpertParameters, compute_grouped, compute_segments, compute_token
 from symphony_vlm.moe.token_exchange import ExpertShard
 
@@ -184,9 +184,12 @@ class Experts(nn.Module):
                 where="moe.experts_implementation",
                 remedy="Use auto or segments.",
             )
-        types = {x_TD.dtype, self.gate_up_proj.dtype}
-        is_plain = x_TD.device.type == "cpu" and types == {torch.float32} and not torch.compiler.is_compiling()
-        return is_plain and is_available()
+        if torch.compiler.is_compiling():
+            return False
+        if x_TD.device.type != "cpu" or {x_TD.dtype, self.gate_up_proj.dtype} != {torch.float32}:
+            warn_of_segments(x_TD.device.type, x_TD.dtype)
+            return False
+        return is_available()
 
     def _can_group(self, x_TD: Tensor) -> bool:
         """Whether the products are grouped: by torch 2.10 or later, for these sizes, on this device."""

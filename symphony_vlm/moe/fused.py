@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils import cpp_extension
 
-__all__ = ["compute_fused", "is_available"]
+__all__ = ["compute_fused", "is_available", "warn_of_segments"]
 
 _log = logging.getLogger(__name__)
 
@@ -96,6 +96,16 @@ def is_available() -> bool:
     return True
 
 
+@functools.cache
+def warn_of_segments(device: str, dtype: torch.dtype) -> None:
+    """Says, once for each, where ``fused`` was asked for and is not what is computed."""
+    _log.warning(
+        "experts_implementation 'fused' is for fp32 on a CPU; 'segments' computes the experts in %s on %s",
+        dtype,
+        device,
+    )
+
+
 def load() -> None:
     """Makes the operations known to torch. The first call on a machine compiles them, which takes some ten seconds.
 
@@ -132,7 +142,10 @@ def _flags() -> list[str]:
 
 
 def _compile(library: Path) -> None:
-    """In a folder of its own and then renamed, so that several processes at once, or one that is killed, do no harm."""
+    """In a folder of its own and then renamed, so that several processes at once, or one that is killed, do no harm.
+
+    torch's own ``load`` needs ninja, and waits for ever for the lock of a process that was killed.
+    """
     _log.info("compiling %s for this machine, once", SOURCE.name)
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:

@@ -214,13 +214,17 @@ def test_for_the_backward_pass_it_keeps_two_fifths_of_what_segments_keep() -> No
 
 
 @needs_a_compiler
-def test_sixteen_bits_and_autocast_are_computed_as_segments() -> None:
+def test_sixteen_bits_and_autocast_are_computed_as_segments_and_it_says_so_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    fused.warn_of_segments.cache_clear()
     x_TD, weights_TK, indices_TK = inputs(20)
     low = [experts_of(name=name).bfloat16()(x_TD.bfloat16(), weights_TK, indices_TK) for name in ("fused", "segments")]
     assert low[0].dtype == torch.bfloat16 and torch.equal(*low)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mixed = [experts_of(name=name)(x_TD, weights_TK, indices_TK) for name in ("fused", "segments")]
     assert mixed[0].dtype == torch.bfloat16 and torch.equal(*mixed)
+    assert caplog.text.count("'segments' computes the experts in torch.bfloat16 on cpu") == 1
 
 
 @pytest.mark.parametrize("form", [{"gated": False}, {"bias": True}, {"hidden_act": "gelu"}], ids=str)
@@ -254,7 +258,7 @@ def test_without_a_compiler_that_works_segments_are_computed_and_it_says_so(
     assert "'fused' is not available" in caplog.text and compiler in caplog.text and "'segments'" in caplog.text
     if "complaining" in compiler:
         assert "fatal error: ATen/ATen.h: no such file" in caplog.text
-    monkeypatch.setattr("symphony_vlm.moe.experts.is_available", lambda: False)
+    monkeypatch.setattr("symphony_vlm.moe.experts.is_available", fused.is_available)
     arguments = inputs(20)
     ours, theirs = (trained(experts_of(name=name), *arguments) for name in ("fused", "segments"))
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
