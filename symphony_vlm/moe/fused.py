@@ -2,7 +2,8 @@
 
 In fp32, gated by SiLU, without biases: Llama's, Qwen's, Mistral's and Mixtral's. Fetching, activation, weighting and
 sums are one pass each over rows that are in the cache, in place of one over memory for every operation; and of what
-the backward pass needs only the first products' results are kept, two fifths of what autograd keeps.
+the backward pass needs only the first products' results are kept: two fifths of what autograd keeps if F = 2D, never
+more than half.
 
 Chosen by name alone, ``experts_implementation: fused``: sums have another order than those of ``segments``, and the
 bits of a run must not hang on whether there is a compiler.
